@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One TCP connection at rest: everything that another kernel needs to go on with it. Pure: no sockets here.
+
+The two sequence spaces of a snapshot (RFC 9293 section 3.3.1)::
+
+    send      send_sequence                                              receive    receive_sequence
+              |<--- unacked --->|<--- unsent --->|                                  |<--- receive --->|
+              SND.UNA           SND.NXT          write_seq                          copied_seq        RCV.NXT
+
+`send_sequence` and `receive_sequence` name the first byte of each queue, so a queue may grow without touching them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from guest_agent.handoff.errors import GuestError, Reason
+
+VERSION = 1
+MAX_QUEUE = 16 << 20
+"""Upper bound for the three queues of a snapshot together, bytes."""
+
+_U8, _U16, _U32 = 0xFF, 0xFFFF, 0xFFFFFFFF
+
+
+class Endpoint(NamedTuple):
+    """An address as it is on the wire (IPv4 or IPv6, canonical text, never v4-mapped) and a port."""
+
+    address: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Window:
+    """`struct tcp_repair_window` of the kernel (TCP_REPAIR_WINDOW, tcp(7)): sequence numbers and bytes."""
+
+    snd_wl1: int
+    snd_wnd: int
+    max_window: int
+    rcv_wnd: int
+    rcv_wup: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """The socket options that matter to a server. Times in seconds, user_timeout in milliseconds, buffers in bytes as
+    the kernel reports them (twice what was set). `buffer_lock` is SO_BUF_LOCK: which buffers are fixed (no autotuning)."""
+
+    nodelay: bool = False
+    cork: bool = False
+    keepalive: bool = False
+    keepalive_idle: int = 7200
+    keepalive_interval: int = 75
+    keepalive_count: int = 9
+    send_buffer: int = 0
+    receive_buffer: int = 0
+    buffer_lock: int = 0
+    traffic_class: int = 0
+    mark: int = 0
+    priority: int = 0
+    user_timeout: int = 0
+    congestion: str = ""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A frozen connection. Sequence numbers and timestamps modulo 2**32; `mss` in bytes; window scales as shifts
+    (`None`: the option was not negotiated, RFC 7323); `timestamp` is the next TSval, in microseconds if `timestamp_usec`
+    (kernel 6.7 and later), else in milliseconds."""
+
+    local: Endpoint
+    peer: Endpoint
+    send_sequence: int
+    receive_sequence: int
+    mss: int
+    send_scale: int | None
+    receive_scale: int | None
+    sack: bool
+    timestamps: bool
+    timestamp: int
+    timestamp_usec: bool
+    window: Window
+    options: Options
+    v4_mapped: bool = False
+    receive_queue: bytes = b""
+    unacked: bytes = b""
+    unsent: bytes = b""
+    version: int = VERSION
+
+    @property
+    def is_ipv6(self) -> bool:
+        """Whether packets of this connection are IPv6 on the wire."""
+        return ":" in self.local.address
+
+    @property
+    def receive_next(self) -> int:
+        """RCV.NXT."""
+        return (self.receive_sequence + len(self.receive_queue)) & _U32
+
+    @property
+    def send_next(self) -> int:
+        """SND.NXT."""
+        return (self.send_sequence + len(self.unacked)) & _U32
+
+
+_QUEUES = ("receive_queue", "unacked", "unsent")
+_WINDOW_NAMES = tuple(field.name for field in fields(Window))
+_OPTION_NAMES = tuple(field.name for field in fields(Options))
+_SNAPSHOT_NAMES = frozenset(field.name for field in fields(Snapshot)) - set(_QUEUES) | {"queues"}
+
+_RANGES = {
+    "send_sequence": _U32,
+    "receive_sequence": _U32,
+    "timestamp": _U32,
+    "mss": _U16,
+    **dict.fromkeys(_WINDOW_NAMES, _U32),
+    "keepalive_idle": 32767,
+    "keepalive_interval": 32767,
+    "keepalive_count": 127,
+    "send_buffer": 0x7FFFFFFF,
+    "receive_buffer": 0x7FFFFFFF,
+    "buffer_lock": 3,
+    "traffic_class": _U8,
+    "mark": _U32,
+    "priority": 0x7FFFFFFF,
+    "user_timeout": 0x7FFFFFFF,
+}
+_FLAGS = ("nodelay", "cork", "keepalive")
+MIN_MSS, MAX_SCALE = 48, 14
+"""TCP_MIN_MSS of the kernel; the largest shift of RFC 7323 section 2.3."""
+
+
+def encode(snapshot: Snapshot) -> tuple[dict[str, Any], bytes]:
+    """Return the snapshot as a JSON-able header and the bytes of its queues, one after the other."""
+    header = {
+        "version": snapshot.version,
+        "local": list(snapshot.local),
+        "peer": list(snapshot.peer),
+        "send_sequence": snapshot.send_sequence,
+        "receive_sequence": snapshot.receive_sequence,
+        "mss": snapshot.mss,
+        "send_scale": snapshot.send_scale,
+        "receive_scale": snapshot.receive_scale,
+        "sack": snapshot.sack,
+        "timestamps": snapshot.timestamps,
+        "timestamp": snapshot.timestamp,
+        "timestamp_usec": snapshot.timestamp_usec,
+        "v4_mapped": snapshot.v4_mapped,
+        "window": [getattr(snapshot.window, name) for name in _WINDOW_NAMES],
+        "options": [getattr(snapshot.options, name) for name in _OPTION_NAMES],
+        "queues": [len(snapshot.receive_queue), len(snapshot.unacked), len(snapshot.unsent)],
+    }
+    return header, snapshot.receive_queue + snapshot.unacked + snapshot.unsent
+
+
+def decode(header: object, body: bytes) -> Snapshot:
+    """The inverse of `encode`, for input that nobody vouches for: raises `GuestError` (BAD_SNAPSHOT or BAD_VERSION)
+    unless every field is there, of its type, in its range and consistent with the others."""
+    try:
+        return _decode(header, body)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise GuestError(Reason.BAD_SNAPSHOT, f"snapshot: {error}") from None
+
+
+def _decode(header: object, body: bytes) -> Snapshot:
+    if type(header) is not dict:
+        raise TypeError("not an object")
+    if header.get("version") != VERSION:
+        raise GuestError(Reason.BAD_VERSION, f"snapshot version {header.get('version')!r}, this side speaks {VERSION}")
+    if header.keys() != _SNAPSHOT_NAMES:
+        raise ValueError(f"fields {sorted(header.keys() ^ _SNAPSHOT_NAMES)} are missing or unknown")
+    receive, unacked, unsent = _queues(header["queues"], body)
+    snapshot = Snapshot(
+        local=_endpoint(header["local"]),
+        peer=_endpoint(header["peer"]),
+        send_sequence=_number("send_sequence", header["send_sequence"]),
+        receive_sequence=_number("receive_sequence", header["receive_sequence"]),
+        mss=_number("mss", header["mss"], MIN_MSS),
+        send_scale=_scale(header["send_scale"]),
+        receive_scale=_scale(header["receive_scale"]),
+        sack=_flag("sack", header["sack"]),
+        timestamps=_flag("timestamps", header["timestamps"]),
+        timestamp=_number("timestamp", header["timestamp"]),
+        timestamp_usec=_flag("timestamp_usec", header["timestamp_usec"]),
+        v4_mapped=_flag("v4_mapped", header["v4_mapped"]),
+        window=_window(header["window"]),
+        options=_options(header["options"]),
+        receive_queue=receive,
+        unacked=unacked,
+        unsent=unsent,
+    )
+    _check_consistent(snapshot)
+    return snapshot
+
+
+def _check_consistent(snapshot: Snapshot) -> None:
+    if (":" in snapshot.peer.address) != snapshot.is_ipv6:
+        raise ValueError("local and peer are of different families")
+    if (snapshot.send_scale is None) != (snapshot.receive_scale is None):
+        raise ValueError("window scaling is for both directions or for none")
+    if snapshot.is_ipv6 and snapshot.v4_mapped:
+        raise ValueError("an IPv6 address cannot be v4-mapped")
+
+
+def _queues(lengths: object, body: bytes) -> tuple[bytes, bytes, bytes]:
+    if type(lengths) is not list or len(lengths) != 3 or any(type(n) is not int or n < 0 for n in lengths):
+        raise ValueError("queues: three lengths are needed")
+    first, second, third = lengths
+    if first + second + third != len(body):
+        raise ValueError(f"queues: {first + second + third} bytes announced, {len(body)} came")
+    if len(body) > MAX_QUEUE:
+        raise ValueError(f"queues: more than {MAX_QUEUE} bytes")
+    return body[:first], body[first : first + second], body[first + second :]
+
+
+def _endpoint(value: object) -> Endpoint:
+    if type(value) is not list or len(value) != 2 or type(value[0]) is not str or type(value[1]) is not int:
+        raise ValueError("an endpoint is [address, port]")
+    address = ipaddress.ip_address(value[0])
+    if str(address) != value[0] or "%" in value[0]:
+        raise ValueError(f"address {value[0]!r} is not in canonical form")
+    if address.is_multicast or address.is_unspecified or getattr(address, "ipv4_mapped", None):
+        raise ValueError(f"address {value[0]} cannot be an end of a connection")
+    if not 0 < value[1] <= _U16:
+        raise ValueError(f"port {value[1]} is out of range")
+    return Endpoint(value[0], value[1])
+
+
+def _number(name: str, value: object, least: int = 0) -> int:
+    if type(value) is not int or not least <= value <= _RANGES[name]:
+        raise ValueError(f"{name}: {value!r} is not a number from {least} to {_RANGES[name]}")
+    return value
+
+
+def _scale(value: object) -> int | None:
+    if value is not None and (type(value) is not int or not 0 <= value <= MAX_SCALE):
+        raise ValueError(f"window scale {value!r} is not null or 0 to {MAX_SCALE}")
+    return value
+
+
+def _flag(name: str, value: object) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{name}: {value!r} is not true or false")
+    return value
+
+
+def _window(values: object) -> Window:
+    if type(values) is not list or len(values) != len(_WINDOW_NAMES):
+        raise ValueError("window: five numbers are needed")
+    return Window(*(_number(name, value) for name, value in zip(_WINDOW_NAMES, values, strict=True)))
+
+
+def _options(values: object) -> Options:
+    if type(values) is not list or len(values) != len(_OPTION_NAMES):
+        raise ValueError(f"options: {len(_OPTION_NAMES)} values are needed")
+    named = dict(zip(_OPTION_NAMES, values, strict=True))
+    congestion = named.pop("congestion")
+    if type(congestion) is not str or len(congestion) > 15 or not congestion.isascii():
+        raise ValueError(f"congestion: {congestion!r} is not a name of a congestion control")
+    flags = {name: _flag(name, named.pop(name)) for name in _FLAGS}
+    return Options(**flags, **{name: _number(name, value) for name, value in named.items()}, congestion=congestion)
