@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step 2: extract. A frozen socket -> its `Snapshot`. The socket is only read (TCP_REPAIR, tcp(7))."""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import socket
+import struct
+
+from guest_agent.handoff import kernel
+from guest_agent.handoff.errors import NotMovable, Reason
+from guest_agent.handoff.snapshot import MAX_QUEUE, Endpoint, Options, Snapshot, Window
+
+_TCP, _SOL = socket.IPPROTO_TCP, socket.SOL_SOCKET
+_U32 = 0xFFFFFFFF
+_getsockopt = socket.socket.getsockopt
+_setsockopt = socket.socket.setsockopt
+
+
+def check_movable(sock: socket.socket) -> kernel.Info:
+    """Raise NotMovable with the reason if this backend cannot move the socket; touch nothing. Call it before freezing."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+        raise NotMovable(Reason.NOT_TCP, "only TCP over IPv4 or IPv6 can be moved")
+    protocol = _getsockopt(sock, _SOL, kernel.SO_PROTOCOL)
+    if protocol == kernel.IPPROTO_MPTCP:
+        raise NotMovable(Reason.MPTCP, "a multipath connection cannot be moved")
+    if protocol != _TCP:
+        raise NotMovable(Reason.NOT_TCP, f"IP protocol {protocol} cannot be moved")
+    info = kernel.parse_info(_getsockopt(sock, _TCP, socket.TCP_INFO, 20))
+    if info.state != kernel.ESTABLISHED:
+        raise _wrong_state(info.state)
+    if _getsockopt(sock, _TCP, kernel.TCP_ULP, 16).strip(b"\0"):
+        raise NotMovable(Reason.UPPER_LAYER, "an upper layer protocol (kTLS, ...) sits on the socket")
+    return info
+
+
+def _wrong_state(state: int) -> NotMovable:
+    if state == kernel.LISTEN:
+        return NotMovable(Reason.LISTENING, "a listening socket cannot be moved")
+    if state in kernel.HALF_CLOSED_STATES:
+        return NotMovable(Reason.HALF_CLOSED, "one side has closed already; this backend moves only open connections")
+    return NotMovable(Reason.NOT_ESTABLISHED, f"TCP state {state} is not ESTABLISHED")
+
+
+def extract(sock: socket.socket) -> Snapshot:
+    """Return the state of a frozen socket, queues included. Raises NotMovable or OSError; the socket stays frozen."""
+    info = kernel.parse_info(_getsockopt(sock, _TCP, socket.TCP_INFO, 20))
+    if info.state != kernel.ESTABLISHED:
+        raise _wrong_state(info.state)
+    local, peer, mapped = _endpoints(sock)
+    receive_queue, receive_next = _receive_queue(sock)
+    sent, unsent_length, write_sequence = _send_queue(sock)
+    mss = _getsockopt(sock, _TCP, socket.TCP_MAXSEG)
+    _refuse_signed(sock, info, mss)
+    unacked_length = len(sent) - unsent_length
+    return Snapshot(
+        local=local,
+        peer=peer,
+        send_sequence=(write_sequence - len(sent)) & _U32,
+        receive_sequence=(receive_next - len(receive_queue)) & _U32,
+        mss=mss,
+        send_scale=info.send_scale if info.scaling else None,
+        receive_scale=info.receive_scale if info.scaling else None,
+        sack=info.sack,
+        timestamps=info.timestamps,
+        timestamp=_getsockopt(sock, _TCP, kernel.TCP_TIMESTAMP) & _U32 if info.timestamps else 0,
+        timestamp_usec=info.microseconds,
+        window=Window(*struct.unpack("=5I", _getsockopt(sock, _TCP, kernel.TCP_REPAIR_WINDOW, 20))),
+        options=_options(sock),
+        v4_mapped=mapped,
+        receive_queue=receive_queue,
+        unacked=sent[:unacked_length],
+        unsent=sent[unacked_length:],
+    )
+
+
+def _endpoints(sock: socket.socket) -> tuple[Endpoint, Endpoint, bool]:
+    local, peer = sock.getsockname(), sock.getpeername()
+    if sock.family == socket.AF_INET:
+        return Endpoint(local[0], local[1]), Endpoint(peer[0], peer[1]), False
+    if not peer[0].startswith("::ffff:"):
+        return Endpoint(local[0], local[1]), Endpoint(peer[0], peer[1]), False
+    return Endpoint(_unmapped(local[0]), local[1]), Endpoint(_unmapped(peer[0]), peer[1]), True
+
+
+def _unmapped(address: str) -> str:
+    mapped = ipaddress.IPv6Address(address).ipv4_mapped
+    if mapped is None:
+        raise NotMovable(Reason.NOT_TCP, f"{address} is not a v4-mapped address")
+    return str(mapped)
+
+
+def _receive_queue(sock: socket.socket) -> tuple[bytes, int]:
+    """The bytes that the application has not read, and RCV.NXT."""
+    _setsockopt(sock, _TCP, kernel.TCP_REPAIR_QUEUE, kernel.RECEIVE_QUEUE)
+    sequence = _getsockopt(sock, _TCP, kernel.TCP_QUEUE_SEQ) & _U32
+    return _peek(sock, _length(sock, kernel.SIOCINQ)), sequence
+
+
+def _send_queue(sock: socket.socket) -> tuple[bytes, int, int]:
+    """The bytes not acknowledged (sent or not), how many of them were never sent, and the sequence after the last."""
+    _setsockopt(sock, _TCP, kernel.TCP_REPAIR_QUEUE, kernel.SEND_QUEUE)
+    sequence = _getsockopt(sock, _TCP, kernel.TCP_QUEUE_SEQ) & _U32
+    length = _length(sock, kernel.SIOCOUTQ)
+    return _peek(sock, length), _length(sock, kernel.SIOCOUTQNSD) if length else 0, sequence
+
+
+def _length(sock: socket.socket, request: int) -> int:
+    return int.from_bytes(fcntl.ioctl(sock.fileno(), request, b"\0\0\0\0"), "little")
+
+
+def _peek(sock: socket.socket, length: int) -> bytes:
+    if length == 0:
+        return b""
+    if length > MAX_QUEUE:
+        raise NotMovable(Reason.QUEUE_TOO_LARGE, f"{length} bytes are queued, at most {MAX_QUEUE} can be moved")
+    data = sock.recv(length, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    if len(data) != length:
+        raise NotMovable(Reason.URGENT_DATA, f"{len(data)} of {length} queued bytes can be read: urgent data?")
+    return data
+
+
+def _refuse_signed(sock: socket.socket, info: kernel.Info, mss: int) -> None:
+    """A signed connection (RFC 2385, RFC 5925) keeps its key in the kernel. The signature takes at least 16 bytes of
+    every segment, so most sockets are cleared by arithmetic alone; only a doubtful one costs a look at sock_diag."""
+    if info.send_mss + (12 if info.timestamps else 0) + 16 > mss:
+        return
+    from guest_agent.handoff import signed
+
+    if signed.is_signed(sock):
+        raise NotMovable(Reason.AUTHENTICATED, "segments are signed (TCP MD5 or TCP-AO); the key cannot be moved")
+
+
+def _options(sock: socket.socket) -> Options:
+    level, name = (socket.IPPROTO_IP, socket.IP_TOS)
+    if sock.family == socket.AF_INET6:
+        level, name = (socket.IPPROTO_IPV6, socket.IPV6_TCLASS)
+    keepalive = bool(_getsockopt(sock, _SOL, socket.SO_KEEPALIVE))
+    return Options(
+        nodelay=bool(_getsockopt(sock, _TCP, socket.TCP_NODELAY)),
+        cork=bool(_getsockopt(sock, _TCP, socket.TCP_CORK)),
+        keepalive=keepalive,
+        keepalive_idle=_getsockopt(sock, _TCP, socket.TCP_KEEPIDLE),
+        keepalive_interval=_getsockopt(sock, _TCP, socket.TCP_KEEPINTVL),
+        keepalive_count=_getsockopt(sock, _TCP, socket.TCP_KEEPCNT),
+        send_buffer=_getsockopt(sock, _SOL, socket.SO_SNDBUF),
+        receive_buffer=_getsockopt(sock, _SOL, socket.SO_RCVBUF),
+        buffer_lock=_getsockopt(sock, _SOL, kernel.SO_BUF_LOCK),
+        traffic_class=_getsockopt(sock, level, name) & 0xFF,
+        mark=_getsockopt(sock, _SOL, socket.SO_MARK) & _U32,
+        priority=_getsockopt(sock, _SOL, socket.SO_PRIORITY),
+        user_timeout=_getsockopt(sock, _TCP, socket.TCP_USER_TIMEOUT),
+        congestion=_getsockopt(sock, _TCP, socket.TCP_CONGESTION, 16).split(b"\0")[0].decode("ascii", "replace"),
+    )

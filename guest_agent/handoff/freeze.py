@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step 1: freeze. The connection stops reacting to packets and stops sending; `thaw` is the opposite.
+
+Two locks, in this order: a socket filter that takes nothing in (`hold.py`), then TCP_REPAIR, which sends nothing out and
+opens the socket's state for reading. No firewall rule is needed.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from guest_agent.handoff import hold, kernel
+from guest_agent.handoff.errors import NotMovable, Reason
+from guest_agent.handoff.hold import Hold
+
+_setsockopt = socket.socket.setsockopt
+
+
+def freeze(sock: socket.socket, keep: Hold | None) -> None:
+    """Freeze an established TCP socket. Needs CAP_NET_ADMIN in the socket's network namespace.
+
+    Raises NotMovable(SOCKET_FILTER) if the application has a filter of its own on it, OSError if the kernel refuses."""
+    if kernel.has_filter(sock.fileno()):
+        raise NotMovable(Reason.SOCKET_FILTER, "the application attached a filter of its own to this socket")
+    hold.attach(sock, keep)
+    try:
+        _setsockopt(sock, socket.IPPROTO_TCP, kernel.TCP_REPAIR, kernel.REPAIR_ON)
+    except OSError:
+        hold.detach(sock)
+        raise
+
+
+def thaw(sock: socket.socket) -> None:
+    """Undo `freeze`: no window probe is sent. SO_REUSEADDR is set because leaving repair mode resets it, and a server
+    that starts anew could not bind its port beside such a connection (do_tcp_setsockopt, SK_NO_REUSE)."""
+    _setsockopt(sock, socket.IPPROTO_TCP, kernel.TCP_REPAIR, kernel.REPAIR_OFF_NO_PROBE)
+    _setsockopt(sock, socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    hold.detach(sock)
