@@ -3,8 +3,9 @@
 
 A frame::
 
-    "SLF1" | tag, 8 bytes | header length, u32 | body length, u32 | header: JSON object | body: raw bytes      (big endian)
+    "SLF1" | tag, 8 bytes | header length, u32 | body length, u32 | CRC-32 of both, u32 | header: JSON object | body: raw
 
+(big endian; the checksum is there because a new program's first bytes may complete a dead one's last frame).
 The channel is a byte stream that survives the programs at its ends, so either may come up in the middle of the other's
 frame. Each end draws a random nonce; a frame carries its *receiver's* nonce as its tag, so bytes of an earlier life are
 never taken for a frame, and neither are bytes that a client placed in a queue: it cannot know the nonce. Only a hello has
@@ -25,13 +26,14 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 from guest_agent.handoff.errors import Reason
 from guest_agent.handoff.snapshot import MAX_QUEUE
 
 VERSION = 1
 MAGIC = b"SLF1"
-PREFIX = struct.Struct(">4s8sII")
+PREFIX = struct.Struct(">4s8sIII")
 MAX_HEADER = 16 << 10
 MAX_BODY = MAX_QUEUE + (1 << 20)
 HELLO_TAG = bytes(8)
@@ -73,7 +75,7 @@ def encode_frame(tag: bytes, header: Header, body: bytes = b"") -> bytes:
     raw = _dumps(header).encode("ascii")
     if len(raw) > MAX_HEADER or len(body) > MAX_BODY:
         raise ValueError(f"frame too large: header {len(raw)}, body {len(body)} bytes")
-    return PREFIX.pack(MAGIC, tag, len(raw), len(body)) + raw + body
+    return PREFIX.pack(MAGIC, tag, len(raw), len(body), crc32(body, crc32(raw))) + raw + body
 
 
 def _parse_header(raw: bytes) -> Header:
@@ -138,7 +140,7 @@ class Session:
                 return
             if len(self._buffer) < PREFIX.size:
                 return
-            magic, tag, header_length, body_length = PREFIX.unpack_from(self._buffer)
+            magic, tag, header_length, body_length, checksum = PREFIX.unpack_from(self._buffer)
             fault = self._fault(magic, tag, header_length, body_length)
             if fault:
                 yield self._lose_sync(fault)
@@ -148,6 +150,9 @@ class Session:
                 return
             raw = bytes(self._buffer[PREFIX.size : PREFIX.size + header_length])
             body = bytes(self._buffer[PREFIX.size + header_length : end])
+            if crc32(body, crc32(raw)) != checksum:
+                yield self._lose_sync("a frame with a wrong checksum")
+                continue
             del self._buffer[:end]
             yield from self._frame(tag, raw, body)
 
@@ -170,7 +175,7 @@ class Session:
         while (at := self._buffer.find(MAGIC, at)) >= 0:
             if len(self._buffer) - at < PREFIX.size:
                 break
-            if not self._fault(*PREFIX.unpack_from(self._buffer, at)):
+            if not self._fault(*PREFIX.unpack_from(self._buffer, at)[:4]):
                 self._scanning = False
                 break
             at += 1

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's door for applications: a SOCK_SEQPACKET Unix socket. A request is one JSON message with the socket and the
+file as descriptors (SCM_RIGHTS); the application itself needs no privilege, but must be one of those that may ask
+(SO_PEERCRED against the allowed users and groups). `guest_agent/offload.py` is the other end."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import grp
+import json
+import logging
+import os
+import pwd
+import re
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from guest_agent.hand_out import Outcome, Transfer
+from guest_agent.handoff.errors import HandoffError, NotMovable, Reason
+from guest_agent.share import SharedFile, locate
+from guest_agent.transfers import Transfers
+
+log = logging.getLogger("streamlift.agent")
+
+MAX_REQUEST = 1 << 16
+_TOKEN = re.compile(r"[0-9a-f]{32}")
+_PRIORITIES = ("low", "normal", "high")
+_ANCILLARY = socket.CMSG_SPACE(2 * array.array("i").itemsize)
+
+
+class Applications:
+    """Listens at `path`; `hello` gives what a new connection is told, `shares` the mount points now."""
+
+    def __init__(
+        self,
+        path: str,
+        transfers: Transfers,
+        *,
+        allowed: frozenset[str],
+        hello: Callable[[], dict[str, Any]],
+        status: Callable[[], dict[str, Any]],
+        shares: Callable[[], tuple[str, ...]],
+    ) -> None:
+        self._path, self._transfers, self._allowed = path, transfers, allowed
+        self._hello, self._status, self._shares = hello, status, shares
+        self._clients: set[_Client] = set()
+        self._loop = asyncio.get_running_loop()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def start(self) -> None:
+        """Bind and listen. The file is for everybody: who may ask is decided by credentials, with a reason."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        os.makedirs(os.path.dirname(self._path), exist_ok=True)
+        self._listener.bind(self._path)
+        os.chmod(self._path, 0o666)
+        self._listener.listen(128)
+        self._listener.setblocking(False)
+        self._loop.add_reader(self._listener, self._accept)
+
+    def stop(self) -> None:
+        """Close the door and all connections."""
+        self._loop.remove_reader(self._listener)
+        self._listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        for client in list(self._clients):
+            client.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            connection, _ = self._listener.accept()
+            connection.setblocking(False)
+            pid, uid, gid = struct.unpack("=3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            if not may_ask(uid, gid, self._allowed):
+                log.warning("refused process %d of user %d: not among %s", pid, uid, sorted(self._allowed))
+                message = f"user {uid} may not use the agent (allowed: {', '.join(sorted(self._allowed))})"
+                connection.send(json.dumps({"v": 1, "error": message}).encode())
+                connection.close()
+                return
+            connection.send(json.dumps({"v": 1, "hello": self._hello()}).encode())
+            self._clients.add(_Client(connection, self))
+
+    # Called by _Client.
+
+    def request(self, client: _Client, data: bytes, fds: list[int]) -> None:
+        """Serve one request; descriptors that nobody took are closed."""
+        number: object = None
+        try:
+            request = json.loads(data)
+            number = request["id"]
+            self._dispatch(client, request, fds)
+        except HandoffError as error:
+            client.answer(number, Outcome("local", 0, error.reason, str(error)))
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+            client.answer(number, Outcome("local", 0, Reason.BAD_REQUEST, f"request: {error!r}"))
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _dispatch(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:
+        operation = request["op"]
+        if operation == "status":
+            client.send({"v": 1, "id": request["id"], "status": self._status()})
+        elif operation == "sendfile":
+            self._transfers.begin(client.adopt(self._transfer(client, request, fds)))
+        elif operation == "reclaim":
+            self._transfers.reclaim(client.adopt(self._reclaimed(client, request, fds)))
+        else:
+            raise ValueError(f"op {operation!r} is none of sendfile, reclaim, status")
+
+    def _transfer(self, client: _Client, request: dict[str, Any], fds: list[int]) -> Transfer:
+        if len(fds) != 2:
+            raise ValueError(f"sendfile needs a socket and a file, {len(fds)} descriptors came")
+        offset, count = _number(request["offset"], 0), _number(request["count"], 1)
+        if request.get("priority", "normal") not in _PRIORITIES:
+            raise ValueError(f"priority is none of {_PRIORITIES}")
+        file = locate(fds[1], self._shares())
+        return self._make(client, request, fds, file, offset, count)
+
+    def _reclaimed(self, client: _Client, request: dict[str, Any], fds: list[int]) -> Transfer:
+        if len(fds) != 1:
+            raise ValueError(f"reclaim needs a socket, {len(fds)} descriptors came")
+        return self._make(client, request, fds, SharedFile("", 0, 0), 0, 0)
+
+    def _make(
+        self, client: _Client, request: dict[str, Any], fds: list[int], file: SharedFile, offset: int, count: int
+    ) -> Transfer:
+        token, number = request["token"], request["id"]
+        if not _TOKEN.fullmatch(token):
+            raise ValueError("token is not 32 hexadecimal digits")
+        transfer = Transfer(
+            token=token,
+            sock=_socket_of(fds),
+            file=file,
+            offset=offset,
+            count=count,
+            priority=request.get("priority", "normal"),
+            reply=lambda outcome: client.answer(number, outcome, token),
+        )
+        return transfer
+
+    def gone(self, client: _Client) -> None:
+        """A connection ended; so do its transfers."""
+        self._clients.discard(client)
+        for transfer in client.transfers.values():
+            self._transfers.application_gone(transfer)
+
+
+def _socket_of(fds: list[int]) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fds[0])
+    except OSError as error:
+        raise NotMovable(Reason.NOT_TCP, f"the descriptor is not a socket: {error}") from None
+    del fds[0]
+    return sock
+
+
+class _Client:
+    """One connection of an application."""
+
+    def __init__(self, connection: socket.socket, door: Applications) -> None:
+        self._connection, self._door = connection, door
+        self.transfers: dict[str, Transfer] = {}
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(connection, self._readable)
+
+    def adopt(self, transfer: Transfer) -> Transfer:
+        """Remember a transfer until it is answered."""
+        self.transfers[transfer.token] = transfer
+        return transfer
+
+    def answer(self, number: object, outcome: Outcome, token: str = "") -> None:
+        """Send the reply to request `number`."""
+        self.transfers.pop(token, None)
+        reason = outcome.reason.value if outcome.reason else None
+        self.send(
+            {
+                "v": 1,
+                "id": number,
+                "outcome": outcome.outcome,
+                "sent": outcome.sent,
+                "reason": reason,
+                "message": outcome.message,
+                "errno": outcome.errno or None,
+            }
+        )
+
+    def send(self, message: dict[str, Any]) -> None:
+        """One message; an application that does not read its replies loses its connection."""
+        try:
+            self._connection.send(json.dumps(message).encode())
+        except OSError as error:
+            log.warning("an application does not take its reply: %s", error)
+            self._loop.call_soon(self.close)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._connection.fileno() >= 0:
+            self._loop.remove_reader(self._connection)
+            self._connection.close()
+            self._door.gone(self)
+
+    def _readable(self) -> None:
+        try:
+            data, ancillary, flags, _ = self._connection.recvmsg(MAX_REQUEST, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.close()
+            return
+        fds = _descriptors(ancillary)
+        if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            for fd in fds:
+                os.close(fd)
+            self.close()
+            return
+        self._door.request(self, data, fds)
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return list(fds)
+
+
+def _number(value: object, least: int) -> int:
+    if type(value) is not int or not least <= value < 1 << 62:
+        raise ValueError(f"{value!r} is not a number of bytes")
+    return value
+
+
+def may_ask(uid: int, gid: int, allowed: frozenset[str]) -> bool:
+    """Whether a process may use the agent: `allowed` holds user names, `@group` names and `*` for everybody."""
+    if uid == 0 or "*" in allowed:
+        return True
+    try:
+        user = pwd.getpwuid(uid)
+    except KeyError:
+        return False
+    if user.pw_name in allowed:
+        return True
+    groups = {f"@{grp.getgrgid(number).gr_name}" for number in os.getgrouplist(user.pw_name, gid)}
+    return bool(groups & allowed)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest's half of a handoff: freeze, extract, offer; then either the host owns the connection or all is undone.
+
+    begin() ──▶ OFFERED ──▶ taken()    the host owns it; our socket becomes a silent place-holder
+                       └──▶ refused()  nothing has happened; the application sends the file itself
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from guest_agent.handoff import kernel
+from guest_agent.handoff.errors import HandoffError, HostError, Reason
+from guest_agent.handoff.extract import check_movable, extract
+from guest_agent.handoff.freeze import freeze, thaw
+from guest_agent.handoff.hold import Hold
+from guest_agent.handoff.restore import restore_in_place
+from guest_agent.handoff.snapshot import Snapshot, encode
+from guest_agent.handoff.state import Guest, move_guest
+from guest_agent.handoff.wire import Header
+from guest_agent.share import SharedFile
+
+Send = Callable[[Header, bytes], None]
+
+
+@dataclass
+class Outcome:
+    """What the application is told: `outcome` is "offloaded", "local" or "failed"; `sent` in bytes."""
+
+    outcome: str
+    sent: int = 0
+    reason: Reason | None = None
+    message: str = ""
+    errno: int = 0
+
+
+@dataclass
+class Transfer:
+    """One file on its way to one client, and the socket that it goes through."""
+
+    token: str
+    sock: socket.socket
+    file: SharedFile
+    offset: int
+    count: int
+    priority: str
+    reply: Callable[[Outcome], None]
+    state: Guest = Guest.HOME
+    snapshot: Snapshot | None = None
+    cookie: int = 0
+    held: list[bytes] = field(default_factory=list)
+    sent_before: int = 0
+    application_gone: bool = False
+
+    def move(self, to: Guest) -> None:
+        """Go to another state of the table in `handoff/state.py`."""
+        self.state = move_guest(self.state, to)
+
+
+def begin(transfer: Transfer, keep: Hold | None, send: Send) -> None:
+    """Steps 1 to 3. Raises HandoffError or OSError with the socket thawed, as it was."""
+    check_movable(transfer.sock)
+    transfer.cookie = int.from_bytes(transfer.sock.getsockopt(socket.SOL_SOCKET, kernel.SO_COOKIE, 8), "little")
+    freeze(transfer.sock, keep)
+    transfer.move(Guest.FROZEN)
+    try:
+        transfer.snapshot = extract(transfer.sock)
+        offer(transfer, send)
+    except (HandoffError, OSError):
+        undo(transfer)
+        raise
+    transfer.move(Guest.OFFERED)
+
+
+def offer(transfer: Transfer, send: Send) -> None:
+    """Send the snapshot and the job. Raises HostError(HOST_AWAY)."""
+    assert transfer.snapshot is not None
+    header, body = encode(transfer.snapshot)
+    job = {
+        "type": "hand_out",
+        "token": transfer.token,
+        "path": transfer.file.path,
+        "inode": transfer.file.inode,
+        "offset": transfer.offset,
+        "count": transfer.count,
+        "priority": transfer.priority,
+        "snapshot": header,
+    }
+    try:
+        send(job, body)
+    except ConnectionError as error:
+        raise HostError(Reason.HOST_AWAY, str(error)) from None
+
+
+def taken(transfer: Transfer) -> None:
+    """The host committed. Bytes that were in flight are the host's to retransmit, so ours must not be able to: the
+    place-holder is rebuilt with empty queues, and keepalive probes are switched off."""
+    assert transfer.snapshot is not None
+    transfer.move(Guest.OUT)
+    if transfer.snapshot.unacked or transfer.snapshot.unsent:
+        restore_in_place(transfer.sock, transfer.snapshot, silent=True)
+    if transfer.snapshot.options.keepalive:
+        transfer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
+
+
+def undo(transfer: Transfer) -> None:
+    """The host did not take it: thaw; the socket never stopped being ours."""
+    thaw(transfer.sock)
+    transfer.move(Guest.HOME)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which files the host can serve: those on a share that it exports to this guest (VirtFS, 9p over virtio).
+
+The file comes as an open descriptor: that the application could open it is its permission. The kernel tells the path."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+
+from guest_agent.handoff.errors import NotMovable, Reason
+
+MOUNTS = "/proc/self/mounts"
+
+
+@dataclass(frozen=True)
+class SharedFile:
+    """A file as the host knows it: path relative to the share's root, inode number and size in bytes as seen here."""
+
+    path: str
+    inode: int
+    size: int
+
+
+def find_shares(mounts: str = MOUNTS) -> tuple[str, ...]:
+    """Mount points of 9p file systems, as /proc/self/mounts lists them (octal escapes of proc(5) undone)."""
+    with open(mounts, encoding="utf-8", errors="surrogateescape") as table:
+        rows = [line.split(" ") for line in table]
+    return tuple(row[1].encode("latin-1", "replace").decode("unicode_escape") for row in rows if row[2] == "9p")
+
+
+def locate(file_fd: int, shares: tuple[str, ...]) -> SharedFile:
+    """Where on a share an open file lies. Raises NotMovable: NOT_ON_SHARE, NOT_A_REGULAR_FILE."""
+    status = os.fstat(file_fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise NotMovable(Reason.NOT_A_REGULAR_FILE, "only regular files can be served by the host")
+    path = os.readlink(f"/proc/self/fd/{file_fd}")
+    for share in shares:
+        if path.startswith(share.rstrip("/") + "/") and not path.endswith(" (deleted)"):
+            return SharedFile(path[len(share.rstrip("/")) + 1 :], status.st_ino, status.st_size)
+    raise NotMovable(Reason.NOT_ON_SHARE, f"{path} is not on a share of the host ({', '.join(shares) or 'none mounted'})")

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transfers of this guest that are out at the host, and what each message of the host does to them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import struct
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from guest_agent import hand_out
+from guest_agent.hand_out import Outcome, Send, Transfer
+from guest_agent.handoff import kernel
+from guest_agent.handoff.errors import GuestError, HandoffError, NotMovable, Reason
+from guest_agent.handoff.freeze import thaw
+from guest_agent.handoff.hold import Hold
+from guest_agent.handoff.state import Guest, move_guest
+from guest_agent.handoff.wire import Header
+from guest_agent.take_back import take_back
+
+log = logging.getLogger("streamlift.agent")
+
+DOUBT_LIMIT = 12.0
+"""Seconds that a transfer waits for a lost host: longer than the host keeps what nobody claims (`orphan_timeout`)."""
+OFFER_LIMIT = 5.0
+"""Seconds until an unanswered offer is asked for again."""
+
+
+class Transfers:
+    """All transfers by token. `send` is the channel's; it raises ConnectionError while the host is away."""
+
+    def __init__(self, *, keep: Hold | None, send: Send, is_up: Callable[[], bool]) -> None:
+        self._keep, self._send, self._is_up = keep, send, is_up
+        self._by_token: dict[str, Transfer] = {}
+        self._by_cookie: dict[int, Transfer] = {}
+        self._host_instance = ""
+        self._doubt: asyncio.TimerHandle | None = None
+        self.counters: Counter[str] = Counter()
+        self._loop = asyncio.get_running_loop()
+        if keep is not None:
+            self._loop.add_reader(keep, self.collect_held)
+
+    def __len__(self) -> int:
+        return len(self._by_token)
+
+    # From applications.
+
+    def begin(self, transfer: Transfer) -> None:
+        """Hand one connection out; the reply comes later. Whatever goes wrong is a local transfer."""
+        try:
+            if transfer.token in self._by_token:
+                raise GuestError(Reason.DUPLICATE, "a transfer with this token is under way")
+            if not self._is_up():
+                raise NotMovable(Reason.HOST_AWAY, "the host's service does not answer")
+            hand_out.begin(transfer, self._keep, self._send)
+        except HandoffError as error:
+            self._finish(transfer, Outcome("local", 0, error.reason, str(error)))
+        except OSError as error:
+            self._finish(transfer, Outcome("local", 0, Reason.NOT_ESTABLISHED, str(error), error.errno or 0))
+        else:
+            self._by_token[transfer.token] = self._by_cookie[transfer.cookie] = transfer
+            self.counters["handed_out"] += 1
+            self._loop.call_later(OFFER_LIMIT, self._ask_again, transfer)
+
+    def reclaim(self, transfer: Transfer) -> None:
+        """An application comes back with the socket of a transfer that another life of this agent began."""
+        transfer.state = Guest.OFFERED
+        self._by_token[transfer.token] = transfer
+        self.counters["reclaimed"] += 1
+        if self._is_up():
+            self._resume(transfer)
+        else:
+            self._start_doubt()
+
+    def application_gone(self, transfer: Transfer) -> None:
+        """The process died or closed: the connection ends as the kernel would end it, at its present owner."""
+        transfer.application_gone = True
+        if transfer.token in self._by_token and self._is_up():
+            self._send({"type": "abort", "token": transfer.token}, b"")
+
+    # From the channel.
+
+    def host_up(self, hello: Header) -> None:
+        """The host's service answers; `instance` tells whether it is the one that took our sockets."""
+        instance = str(hello.get("instance", ""))
+        same = instance == self._host_instance
+        self._host_instance = instance
+        if self._doubt:
+            self._doubt.cancel()
+            self._doubt = None
+        for transfer in list(self._by_token.values()):
+            if same or transfer.snapshot is None:
+                self._resume(transfer)
+            else:
+                self._host_lost(transfer)
+
+    def host_down(self) -> None:
+        """The channel ended: transfers wait for it to come back, within DOUBT_LIMIT."""
+        self._start_doubt()
+
+    def message(self, header: Header, body: bytes) -> None:
+        """Dispatch one message. Unknown types and tokens are ignored and counted: a newer host may say more."""
+        transfer = self._by_token.get(header.get("token", ""))
+        handler: Callable[[Transfer, Header, bytes], None] | None = getattr(self, f"_on_{header['type']}", None)
+        if transfer is None or handler is None:
+            self.counters["ignored_messages"] += 1
+            return
+        handler(transfer, header, body)
+
+    def _on_taken(self, transfer: Transfer, header: Header, body: bytes) -> None:
+        if transfer.state is not Guest.OFFERED:
+            return
+        if transfer.snapshot is not None:
+            hand_out.taken(transfer)
+        else:
+            transfer.move(Guest.OUT)
+        if transfer.application_gone:
+            self._send({"type": "abort", "token": transfer.token}, b"")
+        self.collect_held()
+        self._send_held(transfer)
+
+    def _on_refused(self, transfer: Transfer, header: Header, body: bytes) -> None:
+        if transfer.state is Guest.OUT:
+            self._host_lost(transfer)
+            return
+        self._undo(transfer, _reason(header), str(header.get("message", "")))
+
+    def _on_hand_back(self, transfer: Transfer, header: Header, body: bytes) -> None:
+        if transfer.state not in (Guest.OUT, Guest.OFFERED):
+            return
+        try:
+            take_back(transfer, header, body)
+        except (HandoffError, OSError) as error:
+            log.warning("%s could not come home: %s", transfer.token, error)
+            self._send({"type": "restore_failed", "token": transfer.token, "message": str(error)}, b"")
+            self._bury(transfer, Outcome("failed", _sent(header), Reason.RESTORE_FAILED, str(error), errno.ECONNRESET))
+            return
+        self.collect_held()
+        self._forget(transfer)
+        self._send_segments("home", transfer)
+        self.counters["handed_back"] += 1
+        self._finish(transfer, _returned(header))
+
+    def _on_failed(self, transfer: Transfer, header: Header, body: bytes) -> None:
+        number = header.get("errno")
+        failure = number if isinstance(number, int) and number > 0 else errno.ECONNRESET
+        self._bury(transfer, Outcome("failed", _sent(header), _reason(header), str(header.get("message", "")), failure))
+
+    # What happens to a transfer.
+
+    def _undo(self, transfer: Transfer, reason: Reason, message: str) -> None:
+        self.collect_held()
+        hand_out.undo(transfer)
+        self.collect_held()
+        self._forget(transfer)
+        if transfer.held and self._is_up():
+            self._send_segments("late", transfer)
+        self._finish(transfer, Outcome("local", transfer.sent_before, reason, message))
+
+    def _bury(self, transfer: Transfer, outcome: Outcome) -> None:
+        """The connection is over: our place-holder closes silently, with nothing left to send."""
+        transfer.state = move_guest(transfer.state, Guest.DEAD)
+        self._forget(transfer)
+        try:
+            kernel.disconnect(transfer.sock.fileno())
+            thaw(transfer.sock)
+        except OSError as error:
+            log.warning("%s: the place-holder did not close: %s", transfer.token, error)
+        self._finish(transfer, outcome)
+
+    def _host_lost(self, transfer: Transfer) -> None:
+        """The service that had the socket is gone. An offer was never taken, or died with it frozen and unheard."""
+        if transfer.state is Guest.OFFERED:
+            self._undo(transfer, Reason.HOST_LOST, "the host's service went away before it took the connection")
+        else:
+            message = "the host's service went away with the connection"
+            self._bury(transfer, Outcome("failed", 0, Reason.HOST_LOST, message, errno.ECONNRESET))
+
+    def _resume(self, transfer: Transfer) -> None:
+        self._send({"type": "resume", "token": transfer.token}, b"")
+
+    def _ask_again(self, transfer: Transfer) -> None:
+        if transfer.state is Guest.OFFERED and transfer.token in self._by_token:
+            if self._is_up():
+                self._resume(transfer)
+            self._loop.call_later(OFFER_LIMIT, self._ask_again, transfer)
+
+    def _start_doubt(self) -> None:
+        if self._doubt is None and self._by_token:
+            self._doubt = self._loop.call_later(DOUBT_LIMIT, self._end_doubt)
+
+    def _end_doubt(self) -> None:
+        self._doubt = None
+        for transfer in list(self._by_token.values()):
+            self._host_lost(transfer)
+
+    def _forget(self, transfer: Transfer) -> None:
+        self._by_token.pop(transfer.token, None)
+        self._by_cookie.pop(transfer.cookie, None)
+
+    def _finish(self, transfer: Transfer, outcome: Outcome) -> None:
+        if outcome.outcome != "offloaded":
+            self.counters[f"{outcome.outcome}_{outcome.reason.value if outcome.reason else 'unknown'}"] += 1
+        transfer.sock.close()
+        if not transfer.application_gone:
+            transfer.reply(outcome)
+
+    # Packets that frozen sockets did not take.
+
+    def collect_held(self) -> None:
+        """Sort what the hold kept by transfer; what belongs to a connection that is out goes after it at once."""
+        if self._keep is None:
+            return
+        for cookie, segment in self._keep.drain():
+            transfer = self._by_cookie.get(cookie)
+            if transfer is not None:
+                transfer.held.append(segment)
+                if transfer.state is Guest.OUT:
+                    self._loop.call_soon(self._send_held, transfer)
+
+    def _send_held(self, transfer: Transfer) -> None:
+        if transfer.held and self._is_up():
+            self._send_segments("late", transfer)
+
+    def _send_segments(self, kind: str, transfer: Transfer) -> None:
+        segments, transfer.held = transfer.held, []
+        self.counters["held_packets"] += len(segments)
+        lengths = b"".join(struct.pack(">I", len(segment)) + segment for segment in segments)
+        self._send({"type": kind, "token": transfer.token}, lengths)
+
+
+def _sent(header: dict[str, Any]) -> int:
+    sent = header.get("sent")
+    return sent if isinstance(sent, int) and sent >= 0 else 0
+
+
+def _reason(header: dict[str, Any]) -> Reason:
+    try:
+        return Reason(header.get("reason"))
+    except ValueError:
+        return Reason.BAD_REQUEST
+
+
+def _returned(header: dict[str, Any]) -> Outcome:
+    """How a transfer ended whose socket is home."""
+    sent, word, message = _sent(header), header.get("reason"), str(header.get("message", ""))
+    if word is None:
+        return Outcome("offloaded", sent)
+    reason = _reason(header)
+    if reason is Reason.FILE_SHORT:
+        return Outcome("offloaded", sent, reason, message)
+    if reason is Reason.READ_ERROR:
+        return Outcome("failed", sent, reason, message, int(header.get("errno") or errno.EIO))
+    return Outcome("local", sent, reason, message)
