@@ -262,5 +262,6 @@ def _options(values: object) -> Options:
     congestion = named.pop("congestion")
     if type(congestion) is not str or len(congestion) > 15 or not congestion.isascii():
         raise ValueError(f"congestion: {congestion!r} is not a name of a congestion control")
-    flags = {name: _flag(name, named.pop(name)) for name in _FLAGS}
-    return Options(**flags, **{name: _number(name, value) for name, value in named.items()}, congestion=congestion)
+    checked: dict[str, Any] = {name: _flag(name, named.pop(name)) for name in _FLAGS}
+    checked |= {name: _number(name, value) for name, value in named.items()}
+    return Options(**checked, congestion=congestion)

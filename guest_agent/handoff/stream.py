@@ -33,6 +33,16 @@ class Stream:
         os.close(self._fd)
         self._fd = -1
 
+    def pause(self) -> None:
+        """Do not read until `resume()`; the other end is held back."""
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+
+    def resume(self) -> None:
+        """Undo `pause()`."""
+        if self._fd >= 0:
+            self._loop.add_reader(self._fd, self._readable)
+
     @property
     def backlog(self) -> int:
         """Bytes that the other end has not taken yet."""
