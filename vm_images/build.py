@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build a guest image, or find it in the cache: `python -m vm_images.build [--kernel 6.1|6.12]`.
+
+Three layers, each cached by what went into it, so that a change of the agent costs seconds:
+the bare Debian (`base-KEY/`), the kernel (`kernel-PACKAGE_VERSION-KEY/`), and the image itself (`KEY/`).
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vm_images import kernel as kernels
+from vm_images import packages, root
+from vm_images.command import BuildError
+from vm_images.initramfs import write_initramfs
+
+Progress = Callable[[str], None]
+RECIPE = Path(__file__).parent
+DEFAULT_KERNEL = "6.1"
+
+
+@dataclass(frozen=True)
+class Image:
+    """A bootable guest: `root` is a raw ext4 image that virtual machines share read-only below their overlays."""
+
+    root: Path
+    kernel: Path
+    initrd: Path
+    version: str
+
+
+def cache_directory() -> Path:
+    """Where images are kept: $STREAMLIFT_CACHE/images, else /var/cache/streamlift/images."""
+    return Path(os.environ.get("STREAMLIFT_CACHE") or "/var/cache/streamlift") / "images"
+
+
+def build(kernel: str = DEFAULT_KERNEL, *, progress: Progress = lambda line: None) -> Image:
+    """The image with this kernel series; takes half a minute when nothing is cached, else at most seconds."""
+    if os.geteuid() != 0:
+        raise BuildError("building an image needs root: files in it belong to root")
+    cache = cache_directory()
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache / "lock"):
+        base = _base(cache, progress=progress)
+        unpacked = _kernel(cache, series=kernel, progress=progress)
+        return _image(cache, base=base, kernel=unpacked, progress=progress)
+
+
+def _base(cache: Path, *, progress: Progress) -> Path:
+    sources = packages.debian_sources()
+    key = _key(*sources, *root.BASE_RECIPE)
+    with _layer(cache / f"base-{key}") as (directory, missing):
+        if missing:
+            progress("building the bare Debian with mmdebstrap (about 20 s)")
+            root.make_base(directory / "root.tar", sources=sources)
+    return cache / f"base-{key}" / "root.tar"
+
+
+def _kernel(cache: Path, *, series: str, progress: Progress) -> kernels.Kernel:
+    package, version = packages.newest_kernel(series)
+    path = cache / f"kernel-{package}_{version}-{_key(_text(RECIPE / 'kernel.py'))}"
+    with _layer(path) as (directory, missing):
+        if missing:
+            progress(f"fetching {package} {version}")
+            kernels.unpack_kernel(package, version=version, directory=directory)
+            packages.fetch("busybox-static", directory=directory / "busybox")
+    return kernels.open_kernel(path)
+
+
+def _image(cache: Path, *, base: Path, kernel: kernels.Kernel, progress: Progress) -> Image:
+    inputs = [base.parent.name, kernel.modules.parent.name, *(_text(path) for path in _recipe_files())]
+    path = cache / _key(*inputs)
+    with _layer(path) as (directory, missing):
+        if missing:
+            progress(f"building the guest image with Linux {kernel.release}")
+            _fill(directory, base=base, kernel=kernel)
+    version = json.loads(_text(path / "image.json"))["version"]
+    return Image(root=path / "root.ext4", kernel=path / "vmlinuz", initrd=path / "initrd.img", version=version)
+
+
+def _fill(directory: Path, *, base: Path, kernel: kernels.Kernel) -> None:
+    tree = directory / "tree"
+    root.unpack_base(base, root=tree)
+    root.install_modules(tree, modules=kernel.modules)
+    root.install_agent(tree)
+    root.configure(tree)
+    root.make_image(tree, image=directory / "root.ext4")
+    shutil.rmtree(tree)
+    shutil.copyfile(kernel.image, directory / "vmlinuz")
+    busybox = kernel.image.parent / "busybox" / "unpacked" / "bin" / "busybox"
+    write_initramfs(directory / "initrd.img", busybox=busybox, modules=kernels.early_modules(kernel))
+    (directory / "image.json").write_text(json.dumps({"version": kernel.release}), encoding="utf-8")
+
+
+def _recipe_files() -> list[Path]:
+    """All that goes into the top layer, in a fixed order: this folder's recipe and the agent."""
+    found = [*RECIPE.glob("*.py"), *(RECIPE / "guest").iterdir(), *root.AGENT.rglob("*.py"), root.AGENT_UNIT]
+    return sorted(path for path in found if path.is_file())
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _key(*inputs: str) -> str:
+    digest = hashlib.sha256()
+    for text in inputs:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Two builds at once would do the same work twice: the second waits and finds it done."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _layer(path: Path) -> Iterator[tuple[Path, bool]]:
+    """(directory, is it to be filled?): filled aside and renamed at the end, so a layer is whole or absent."""
+    if path.exists():
+        yield path, False
+        return
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix="making-"))
+    try:
+        aside.chmod(0o755)
+        yield aside, True
+        aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def main() -> int:
+    """Build from the command line and print where the parts are, as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m vm_images.build", description="Build a guest image.")
+    parser.add_argument("--kernel", choices=sorted(packages.KERNEL_PACKAGES), default=DEFAULT_KERNEL)
+    arguments = parser.parse_args()
+    try:
+        image = build(arguments.kernel, progress=lambda line: print(line, file=sys.stderr))
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps({name: str(value) for name, value in vars(image).items()}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

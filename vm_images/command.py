@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one way in which this package runs programs."""
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+# Every time stamp in an image is this one (2024-01-01), so equal inputs give equal bytes.
+EPOCH = 1704067200
+
+
+class BuildError(Exception):
+    """A program that the build needs has failed; the text holds its last words."""
+
+
+def run(
+    arguments: Sequence[str | Path],
+    *,
+    text: str | None = None,
+    directory: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Run a program to its end and return what it printed; `BuildError` if it fails or is not there."""
+    command = [str(argument) for argument in arguments]
+    variables = {**os.environ, "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": str(EPOCH), **(environment or {})}
+    try:
+        result = subprocess.run(
+            command, input=text, capture_output=True, text=True, cwd=directory, env=variables, check=False
+        )
+    except FileNotFoundError as error:
+        raise BuildError(f"{command[0]} is not installed: install it with apt") from error
+    if result.returncode != 0:
+        last_words = (result.stderr or result.stdout).strip()[-2000:]
+        raise BuildError(f"{' '.join(command[:3])} ... ended with {result.returncode}: {last_words}")
+    return result.stdout
