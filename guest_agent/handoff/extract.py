@@ -7,6 +7,7 @@ import fcntl
 import ipaddress
 import socket
 import struct
+from dataclasses import replace
 
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import NotMovable, Reason
@@ -43,13 +44,19 @@ def _wrong_state(state: int) -> NotMovable:
     return NotMovable(Reason.NOT_ESTABLISHED, f"TCP state {state} is not ESTABLISHED")
 
 
-def extract(sock: socket.socket) -> Snapshot:
-    """Return the state of a frozen socket, queues included. Raises NotMovable or OSError; the socket stays frozen."""
+def extract(sock: socket.socket, *, before_fin: bool = False) -> Snapshot:
+    """Return the state of a frozen socket, queues included. Raises NotMovable or OSError; the socket stays frozen.
+
+    With `before_fin` a socket whose peer has closed (CLOSE_WAIT) is described as it was before the FIN came; whoever
+    restores it must see to it that the FIN comes again (`hypervisor_svc/inject.py`)."""
     info = kernel.parse_info(_getsockopt(sock, _TCP, socket.TCP_INFO, 20))
-    if info.state != kernel.ESTABLISHED:
+    closed = before_fin and info.state == kernel.CLOSE_WAIT
+    if info.state != kernel.ESTABLISHED and not closed:
         raise _wrong_state(info.state)
-    local, peer, mapped = _endpoints(sock)
+    local, peer, mapped = endpoints(sock)
     receive_queue, receive_next = _receive_queue(sock)
+    if closed:
+        receive_next = (receive_next - 1) & _U32
     sent, unsent_length, write_sequence = _send_queue(sock)
     mss = _getsockopt(sock, _TCP, socket.TCP_MAXSEG)
     _refuse_signed(sock, info, mss)
@@ -66,7 +73,7 @@ def extract(sock: socket.socket) -> Snapshot:
         timestamps=info.timestamps,
         timestamp=_getsockopt(sock, _TCP, kernel.TCP_TIMESTAMP) & _U32 if info.timestamps else 0,
         timestamp_usec=info.microseconds,
-        window=Window(*struct.unpack("=5I", _getsockopt(sock, _TCP, kernel.TCP_REPAIR_WINDOW, 20))),
+        window=_window(sock, receive_next),
         options=_options(sock),
         v4_mapped=mapped,
         receive_queue=receive_queue,
@@ -75,7 +82,8 @@ def extract(sock: socket.socket) -> Snapshot:
     )
 
 
-def _endpoints(sock: socket.socket) -> tuple[Endpoint, Endpoint, bool]:
+def endpoints(sock: socket.socket) -> tuple[Endpoint, Endpoint, bool]:
+    """Local and peer end as they are on the wire, and whether the socket is IPv6 that carries IPv4."""
     local, peer = sock.getsockname(), sock.getpeername()
     if sock.family == socket.AF_INET:
         return Endpoint(local[0], local[1]), Endpoint(peer[0], peer[1]), False
@@ -104,6 +112,14 @@ def _send_queue(sock: socket.socket) -> tuple[bytes, int, int]:
     sequence = _getsockopt(sock, _TCP, kernel.TCP_QUEUE_SEQ) & _U32
     length = _length(sock, kernel.SIOCOUTQ)
     return _peek(sock, length), _length(sock, kernel.SIOCOUTQNSD) if length else 0, sequence
+
+
+def _window(sock: socket.socket, receive_next: int) -> Window:
+    """rcv_wup is kept at or before RCV.NXT, as the kernel insists on restore (tcp_repair_set_window)."""
+    window = Window(*struct.unpack("=5I", _getsockopt(sock, _TCP, kernel.TCP_REPAIR_WINDOW, 20)))
+    if (receive_next - window.rcv_wup) & _U32 > 1 << 31:
+        return replace(window, rcv_wup=receive_next)
+    return window
 
 
 def _length(sock: socket.socket, request: int) -> int:

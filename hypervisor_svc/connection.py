@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection that the host has taken over, and the VM that it came from. Nouns only; the steps are in their files."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from guest_agent.handoff import fault
+from guest_agent.handoff.errors import Reason
+from guest_agent.handoff.snapshot import Endpoint
+from guest_agent.handoff.state import Host, move_host
+from guest_agent.handoff.wire import Header
+from hypervisor_svc.channel import Channel
+from hypervisor_svc.domains import Machine
+from hypervisor_svc.policy import Job
+from hypervisor_svc.redirect import Flow
+
+
+@dataclass(eq=False)
+class Guest:
+    """A VM with a channel: what it is, what it has out, what was counted. Bytes and numbers since the service's start."""
+
+    machine: Machine
+    channel: Channel | None = None
+    hello: Header = field(default_factory=dict)
+    connections: dict[str, Connection] = field(default_factory=dict)
+    counters: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    bytes_sent: int = 0
+    draining: bool = False
+
+    def send(self, header: Header, body: bytes = b"") -> bool:
+        """Send to the guest; False if its channel is down."""
+        return self.channel is not None and self.channel.send(header, body)
+
+
+@dataclass(eq=False)
+class Connection:
+    """A client's connection while the host has it. `sent` counts bytes given to the socket."""
+
+    guest: Guest
+    job: Job
+    flow: Flow
+    state: Host = Host.OFFERED
+    sock: socket.socket | None = None
+    file: int = -1
+    endpoint: Endpoint | None = None
+    cookie: int = 0
+    sent: int = 0
+    finished: bool = False
+    reason: Reason | None = None
+    message: str = ""
+    errno: int = 0
+    held: list[bytes] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+    parting: tuple[Header, bytes] | None = None
+    fin: bytes = b""
+
+    @property
+    def token(self) -> str:
+        """The transfer's identity, chosen by the application."""
+        return self.job.token
+
+    def move(self, to: Host) -> None:
+        """Go to another state of the table in `guest_agent/handoff/state.py`."""
+        self.state = move_host(self.state, to)
+        fault.reach(f"host:{to.value}")
+
+    def close(self) -> None:
+        """Close socket and file; idempotent. In repair mode the socket closes silently, otherwise as close(2) does."""
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
+
+
+class Durations:
+    """How long each step took: the last 8,192 of each, seconds."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, deque[float]] = {}
+
+    @contextmanager
+    def of(self, step: str) -> Iterator[None]:
+        """Measure the block as `step`."""
+        begin = time.perf_counter()
+        yield
+        self.add(step, time.perf_counter() - begin)
+
+    def add(self, step: str, seconds: float) -> None:
+        """Record one duration."""
+        self._steps.setdefault(step, deque(maxlen=8192)).append(seconds)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Per step the number of samples, p50 and p99 in microseconds."""
+        return {step: _summary(sorted(values)) for step, values in self._steps.items() if values}
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    last = len(values) - 1
+    return {
+        "samples": len(values),
+        "p50_us": round(values[last // 2] * 1e6, 1),
+        "p99_us": round(values[int(last * 0.99)] * 1e6, 1),
+    }

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a guest says, and what the service does about it: one method per message. The only file that ties the steps to the
+channel; every refusal is counted per VM with its reason."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import struct
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from guest_agent.handoff.errors import GuestError, HandoffError, HostError, Reason
+from guest_agent.handoff.hold import Hold
+from guest_agent.handoff.state import Host
+from guest_agent.handoff.wire import Established, Event, Header, Message, Violation
+from hypervisor_svc.channel import Channel
+from hypervisor_svc.connection import Connection, Durations, Guest
+from hypervisor_svc.domains import Machine
+from hypervisor_svc.hand_back import HandBack
+from hypervisor_svc.handoff import Handoff
+from hypervisor_svc.inject import Injector
+from hypervisor_svc.policy import check_flow, read_job, read_token
+from hypervisor_svc.redirect import Flow, Redirect
+from hypervisor_svc.serve import Server
+
+log = logging.getLogger("streamlift.guests")
+
+RETURN_LIMIT = 30.0
+"""Seconds that a frozen copy waits for the guest's word before it is closed silently."""
+LINGER = 60.0
+"""Seconds that the redirect of a connection which the host closed stays: the length of TIME_WAIT."""
+MAX_SEGMENTS = 4096
+_REMEMBERED = 4096
+
+
+class Limits:
+    """What one VM may have: connections at once, queue bytes per snapshot, frames a second, seconds unclaimed."""
+
+    def __init__(
+        self, *, max_connections: int, max_queue_bytes: int, max_frames_per_second: int, orphan_timeout: float, threshold: int
+    ) -> None:
+        self.max_connections, self.max_queue_bytes = max_connections, max_queue_bytes
+        self.max_frames_per_second, self.orphan_timeout = max_frames_per_second, orphan_timeout
+        self.threshold = threshold
+
+
+class Guests:
+    """All VMs with a channel, by UUID, and everything they have out."""
+
+    def __init__(
+        self, *, about: Header, redirect: Redirect, keep: Hold | None, injector: Injector, quantum: int, limits: Limits
+    ) -> None:
+        self.durations = Durations()
+        self._about, self._limits, self._keep, self._injector = about, limits, keep, injector
+        self._handoff = Handoff(redirect, keep, self.durations)
+        self._hand_back = HandBack(redirect, keep, injector, self.durations)
+        self._server = Server(quantum=quantum, on_finished=self._finished, on_gone=self._client_gone)
+        self._by_uuid: dict[str, Guest] = {}
+        self._by_cookie: dict[int, Connection] = {}
+        self._refused_flows: OrderedDict[str, Flow] = OrderedDict()
+        self._failures: OrderedDict[str, Header] = OrderedDict()
+        self._loop = asyncio.get_running_loop()
+        if keep is not None:
+            self._loop.add_reader(keep, self.collect_held)
+
+    def __iter__(self) -> Any:
+        return iter(self._by_uuid.values())
+
+    # VMs come and go.
+
+    def machine_up(self, machine: Machine) -> None:
+        """A VM with our channel runs: connect to it."""
+        self.machine_down(machine.uuid)
+        guest = Guest(machine)
+        guest.channel = Channel(
+            machine.channel_path,
+            {**self._about, "threshold": self._limits.threshold},
+            max_frames_per_second=self._limits.max_frames_per_second,
+            on_event=lambda event: self._event(guest, event),
+            on_down=lambda: self._down(guest),
+        )
+        self._by_uuid[machine.uuid] = guest
+        guest.channel.start()
+
+    def machine_down(self, uuid: str) -> None:
+        """The VM is gone, and with it everybody who could take its connections back: they are ended after their file."""
+        guest = self._by_uuid.pop(uuid, None)
+        if guest is None:
+            return
+        assert guest.channel is not None
+        guest.channel.stop()
+        for connection in list(guest.connections.values()):
+            self._end(connection)
+
+    def close(self) -> None:
+        """Stop everything; what is still out is ended."""
+        for uuid in list(self._by_uuid):
+            self.machine_down(uuid)
+        self._server.close()
+        if self._keep is not None:
+            self._loop.remove_reader(self._keep)
+
+    def hand_back_all(self, guest: Guest, reason: Reason, token: str | None = None) -> int:
+        """Stop transfers at a byte boundary and send their connections home; the application sends the rest itself."""
+        chosen = [c for c in guest.connections.values() if c.state is Host.SERVING and token in (None, c.token)]
+        for connection in chosen:
+            if not connection.finished:
+                connection.reason, connection.message = reason, "the host gives the connection back"
+            self._server.remove(connection)
+            self._finished(connection)
+        return len(chosen)
+
+    # What the channel says.
+
+    def _event(self, guest: Guest, event: Event) -> None:
+        if isinstance(event, Message):
+            self._message(guest, event)
+        elif isinstance(event, Established):
+            guest.hello = event.hello
+            log.info("%s: agent %s answers", guest.machine.name, event.hello.get("agent_version", "?"))
+        elif isinstance(event, Violation):
+            self._count_refusal(guest, event.reason, event.message)
+
+    def _message(self, guest: Guest, event: Message) -> None:
+        handler: Callable[[Guest, Header, bytes], None] | None = getattr(self, f"_on_{event.header['type']}", None)
+        try:
+            if handler is None:
+                raise GuestError(Reason.BAD_REQUEST, f"message type {event.header['type']!r:.40}")
+            handler(guest, event.header, event.body)
+        except HandoffError as error:
+            self._count_refusal(guest, error.reason, str(error))
+
+    def _count_refusal(self, guest: Guest, reason: Reason, message: str) -> None:
+        guest.refused[reason.value] += 1
+        if guest.refused[reason.value] <= 10:
+            log.warning("%s: %s: %s", guest.machine.name, reason.value, message)
+
+    def _down(self, guest: Guest) -> None:
+        """The channel is lost. Transfers go on; what nobody claims in time is ended."""
+        self._loop.call_later(self._limits.orphan_timeout, self._end_orphans, guest)
+
+    def _end_orphans(self, guest: Guest) -> None:
+        if guest.channel is not None and guest.channel.state == "hello":
+            return
+        for connection in list(guest.connections.values()):
+            if connection.finished or connection.state is Host.RETURNING:
+                self._end(connection)
+
+    # Messages of a guest.
+
+    def _on_hand_out(self, guest: Guest, header: Header, body: bytes) -> None:
+        token = read_token(header)
+        try:
+            connection = self._offer(guest, header, body)
+            self._handoff.take(connection)
+        except HandoffError as error:
+            self._refuse(guest, token, error)
+            raise
+        except OSError as error:
+            failure = HostError(Reason.RESTORE_FAILED, str(error), errno=error.errno or 0)
+            self._refuse(guest, token, failure)
+            raise failure from None
+        self._serve(guest, connection)
+
+    def _offer(self, guest: Guest, header: Header, body: bytes) -> Connection:
+        job = read_job(header, body)
+        if job.token in guest.connections:
+            raise GuestError(Reason.DUPLICATE, "a transfer with this token is under way")
+        check_flow(job.snapshot, guest.machine.addresses)
+        flow = Flow(client=job.snapshot.peer, server=job.snapshot.local)
+        self._refused_flows[job.token] = flow
+        if len(self._refused_flows) > _REMEMBERED:
+            self._refused_flows.popitem(last=False)
+        if any(other.flow == flow for other in guest.connections.values()):
+            raise GuestError(Reason.DUPLICATE, f"the host has this connection already: {flow.client}")
+        if guest.draining:
+            raise HostError(Reason.DRAINING, "the VM is being drained")
+        if len(guest.connections) >= self._limits.max_connections:
+            raise HostError(Reason.TABLE_FULL, f"{self._limits.max_connections} connections of this VM are out")
+        if len(body) > self._limits.max_queue_bytes:
+            raise GuestError(Reason.QUEUE_TOO_LARGE, f"{len(body)} bytes are queued")
+        return Connection(guest, job, flow)
+
+    def _refuse(self, guest: Guest, token: str, error: HandoffError) -> None:
+        reply = {"type": "refused", "token": token, "reason": error.reason.value, "message": str(error), "errno": error.errno}
+        guest.send(reply)
+
+    def _serve(self, guest: Guest, connection: Connection) -> None:
+        """Committed. The first bytes leave before the guest is told: the client is waiting, the guest is not."""
+        guest.connections[connection.token] = connection
+        self._by_cookie[connection.cookie] = connection
+        guest.counters["handed_out"] += 1
+        self._server.add(connection)
+        guest.send({"type": "taken", "token": connection.token})
+        self.collect_held()
+
+    def _on_abort(self, guest: Guest, header: Header, body: bytes) -> None:
+        connection = guest.connections.get(read_token(header))
+        if connection is not None:
+            connection.reason, connection.message = Reason.APPLICATION_GONE, "the application is gone"
+            self._end(connection)
+            self._tell_failed(connection, errno.ECONNRESET)
+
+    def _on_home(self, guest: Guest, header: Header, body: bytes) -> None:
+        connection = self._returning(guest, header)
+        self.collect_held()
+        self._forget(connection)
+        self._hand_back.home(connection, _segments(body))
+        guest.counters["handed_back"] += 1
+        self.durations.add("whole", self._loop.time() - connection.started)
+
+    def _on_restore_failed(self, guest: Guest, header: Header, body: bytes) -> None:
+        connection = self._returning(guest, header)
+        connection.reason, connection.message = Reason.RESTORE_FAILED, str(header.get("message", ""))[:200]
+        self._end(connection)
+
+    def _returning(self, guest: Guest, header: Header) -> Connection:
+        connection = guest.connections.get(read_token(header))
+        if connection is None or connection.state is not Host.RETURNING:
+            raise GuestError(Reason.UNKNOWN_TRANSFER, f"{header['type']} for a transfer that is not on its way home")
+        return connection
+
+    def _on_late(self, guest: Guest, header: Header, body: bytes) -> None:
+        token = read_token(header)
+        connection = guest.connections.get(token)
+        flow = connection.flow if connection else self._refused_flows.get(token)
+        if flow is None or flow.server.address not in guest.machine.addresses:
+            raise GuestError(Reason.UNKNOWN_TRANSFER, "late packets of a transfer that never was")
+        for segment in _segments(body):
+            guest.counters["late_packets"] += 1
+            self._injector.inject(flow, segment)
+
+    def _on_resume(self, guest: Guest, header: Header, body: bytes) -> None:
+        """The agent lost the thread: tell it again where this transfer stands."""
+        token = read_token(header)
+        connection = guest.connections.get(token)
+        if connection is None:
+            gone = GuestError(Reason.UNKNOWN_TRANSFER, "the host does not have this connection")
+            failure = self._failures.get(token)
+            if failure is not None:
+                guest.send(failure)
+            else:
+                self._refuse(guest, token, gone)
+            return
+        guest.send({"type": "taken", "token": token})
+        if connection.parting is not None:
+            guest.send(*connection.parting)
+        elif connection.finished:
+            self._finished(connection)
+
+    # What becomes of a connection.
+
+    def _finished(self, connection: Connection) -> None:
+        """Sent and acknowledged, or stopped: it goes home, if there is a home."""
+        guest = connection.guest
+        if connection.state is not Host.SERVING:
+            return
+        if guest.channel is None or guest.channel.state != "hello":
+            self._loop.call_later(self._limits.orphan_timeout, self._end_orphans, guest)
+            connection.finished = True
+            return
+        try:
+            self._hand_back.hand_back(connection)
+        except (HandoffError, OSError) as error:
+            self._client_gone(connection, getattr(error, "errno", 0) or errno.ECONNRESET)
+            return
+        self._loop.call_later(RETURN_LIMIT, self._never_came_home, connection)
+
+    def _never_came_home(self, connection: Connection) -> None:
+        if connection.state is Host.RETURNING:
+            log.warning("%s: %s was never taken back", connection.guest.machine.name, connection.token)
+            connection.guest.refused[Reason.TIMED_OUT.value] += 1
+            self._forget(connection)
+            connection.close()
+            connection.state = Host.GONE
+
+    def _client_gone(self, connection: Connection, number: int) -> None:
+        self._server.remove(connection)
+        self._forget(connection)
+        self._hand_back.bury(connection)
+        connection.guest.counters["failed"] += 1
+        connection.reason = Reason.PEER_GONE
+        self._tell_failed(connection, number)
+
+    def _tell_failed(self, connection: Connection, number: int) -> None:
+        failure = {
+            "type": "failed",
+            "token": connection.token,
+            "errno": number,
+            "reason": (connection.reason or Reason.PEER_GONE).value,
+            "message": connection.message or "the client is gone",
+            "sent": connection.sent,
+        }
+        self._failures[connection.token] = failure
+        if len(self._failures) > _REMEMBERED:
+            self._failures.popitem(last=False)
+        connection.guest.send(failure)
+
+    def _end(self, connection: Connection) -> None:
+        """Close a connection that nobody can take back."""
+        self._server.remove(connection)
+        self._forget(connection)
+        with contextlib.suppress(OSError, HandoffError):
+            self._hand_back.end(connection)
+        connection.close()
+        connection.guest.counters["ended"] += 1
+        self._loop.call_later(LINGER, self._hand_back.forget, connection)
+
+    def _forget(self, connection: Connection) -> None:
+        connection.guest.connections.pop(connection.token, None)
+        self._by_cookie.pop(connection.cookie, None)
+
+    # Packets that frozen sockets did not take.
+
+    def collect_held(self) -> None:
+        """Sort what the hold kept; what belongs to a thawed connection goes back on the road at once."""
+        if self._keep is None:
+            return
+        for cookie, segment in self._keep.drain():
+            connection = self._by_cookie.get(cookie)
+            if connection is None:
+                continue
+            connection.guest.counters["held_packets"] += 1
+            if connection.state is Host.SERVING:
+                self._injector.inject(connection.flow, segment)
+            else:
+                connection.held.append(segment)
+
+
+def _segments(body: bytes) -> list[bytes]:
+    """Split the body of a `late` or `home` message. Raises GuestError."""
+    segments, at = [], 0
+    while at < len(body) and len(segments) < MAX_SEGMENTS:
+        if at + 4 > len(body):
+            raise GuestError(Reason.BAD_REQUEST, "late packets: a length is cut short")
+        (length,) = struct.unpack_from(">I", body, at)
+        if not 20 <= length <= 65535 or at + 4 + length > len(body):
+            raise GuestError(Reason.BAD_REQUEST, f"late packets: a segment of {length} bytes")
+        segments.append(body[at + 4 : at + 4 + length])
+        at += 4 + length
+    return segments

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way in, the steps in order: restore, redirect, thaw, commit. A failure at one step undoes those before it, in reverse,
+and the guest, which still holds its frozen original, goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+
+from guest_agent.handoff import kernel
+from guest_agent.handoff.errors import HandoffError, HostError, Reason
+from guest_agent.handoff.freeze import thaw
+from guest_agent.handoff.hold import Hold
+from guest_agent.handoff.restore import restore_fresh, send_unsent
+from guest_agent.handoff.state import Host
+from hypervisor_svc.connection import Connection, Durations
+from hypervisor_svc.policy import open_file
+from hypervisor_svc.redirect import SOCKET_MARK, Redirect
+
+
+class Handoff:
+    """Takes connections over. `keep` may be None: packets that come meanwhile are then lost and retransmitted."""
+
+    def __init__(self, redirect: Redirect, keep: Hold | None, durations: Durations) -> None:
+        self._redirect, self._keep, self._durations = redirect, keep, durations
+
+    def take(self, connection: Connection) -> None:
+        """From a checked offer to the commit. Raises HandoffError; nothing is left behind then."""
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._gone, connection)
+            begin = time.perf_counter()
+            self._open(connection)
+            opened = time.perf_counter()
+            self._restore(connection)
+            restored = time.perf_counter()
+            undo.callback(self._unredirect, connection)
+            self._redirect_here(connection)
+            redirected = time.perf_counter()
+            self._commit(connection)
+            undo.pop_all()
+        done = time.perf_counter()
+        for step, seconds in (
+            ("open", opened - begin),
+            ("restore", restored - opened),
+            ("redirect", redirected - restored),
+            ("commit", done - redirected),
+        ):
+            self._durations.add(step, seconds)
+
+    def _open(self, connection: Connection) -> None:
+        share = connection.guest.machine.share
+        if share is None:
+            raise HostError(Reason.NOT_ON_SHARE, "this VM has no share on the host")
+        try:
+            connection.file = open_file(share, connection.job)
+        except OSError as error:
+            raise HostError(Reason.NO_SUCH_FILE, f"the share {share}: {error.strerror}", errno=error.errno or 0) from None
+
+    def _restore(self, connection: Connection) -> None:
+        connection.endpoint = self._redirect.bind_address(connection.flow)
+        try:
+            sock = restore_fresh(
+                connection.job.snapshot,
+                self._keep,
+                bind=connection.endpoint,
+                transparent=self._redirect.transparent,
+                mark=SOCKET_MARK,
+            )
+            connection.sock = sock
+            connection.cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, kernel.SO_COOKIE, 8), "little")
+            connection.move(Host.RESTORED)
+        except OSError as error:
+            raise HostError(Reason.RESTORE_FAILED, f"restore: {error}", errno=error.errno or 0) from None
+
+    def _redirect_here(self, connection: Connection) -> None:
+        assert connection.endpoint is not None
+        try:
+            self._redirect.redirect(connection.flow, connection.endpoint)
+            connection.move(Host.REDIRECTED)
+        except OSError as error:
+            raise HostError(Reason.REDIRECT_FAILED, f"redirect: {error}", errno=error.errno or 0) from None
+
+    def _commit(self, connection: Connection) -> None:
+        """Thaw: from here the host owns the connection."""
+        assert connection.sock is not None
+        try:
+            thaw(connection.sock)
+            send_unsent(connection.sock, connection.job.snapshot)
+            connection.move(Host.SERVING)
+        except OSError as error:
+            raise HostError(Reason.RESTORE_FAILED, f"thaw: {error}", errno=error.errno or 0) from None
+
+    def _unredirect(self, connection: Connection) -> None:
+        assert connection.endpoint is not None
+        with contextlib.suppress(OSError, HandoffError):
+            self._redirect.unredirect(connection.flow, connection.endpoint)
+
+    def _gone(self, connection: Connection) -> None:
+        """Undo open and restore; a socket that was thawed already is frozen again, so that it closes silently."""
+        if connection.sock is not None:
+            with contextlib.suppress(OSError):
+                connection.sock.setsockopt(socket.IPPROTO_TCP, kernel.TCP_REPAIR, kernel.REPAIR_ON)
+        if connection.endpoint is not None and connection.state is Host.OFFERED:
+            self._redirect.release(connection.flow, connection.endpoint)
+        connection.close()
+        if connection.state is not Host.GONE:
+            connection.state = Host.GONE

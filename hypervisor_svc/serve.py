@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step 6a: serve. sendfile(2) from the shared folder's page cache to many clients at once, in one thread.
+
+Each VM has a queue of connections that can take bytes; the VMs take turns, a quantum each, so that a VM with a thousand
+clients does not starve one with a single client; within a VM, higher priorities come first. Sockets sit in one
+edge-triggered epoll. A part of a file that is not in the page cache is read in by a small pool of threads first, so the
+disk never stops the loop (preadv2(2), RWF_NOWAIT).
+
+A transfer is over when the client has acknowledged all of it: the kernel itself says when, through the socket's error
+queue (SOF_TIMESTAMPING_TX_ACK, Documentation/networking/timestamping.rst), so nobody polls and nobody waits too long."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import socket
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from guest_agent.handoff import kernel
+from guest_agent.handoff.errors import Reason
+from guest_agent.handoff.state import Host
+from hypervisor_svc.connection import Connection, Guest
+from hypervisor_svc.policy import PRIORITIES
+
+_SO_TIMESTAMPING = 37
+_TX_ACK, _OPT_TSONLY = 1 << 9, 1 << 11
+_EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+_READ_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.EUCLEAN, errno.EBADMSG})
+SWEEP_INTERVAL = 0.05
+TURNS_PER_ROUND = 16
+
+
+class Server:
+    """`on_finished(connection)` when all is sent and acknowledged or the file ended; `on_gone(connection, errno)` when
+    the client is."""
+
+    def __init__(
+        self,
+        *,
+        quantum: int,
+        on_finished: Callable[[Connection], None],
+        on_gone: Callable[[Connection, int], None],
+    ) -> None:
+        self._quantum, self._on_finished, self._on_gone = quantum, on_finished, on_gone
+        self._loop = asyncio.get_running_loop()
+        self._epoll = select.epoll()
+        self._by_fd: dict[int, Connection] = {}
+        self._ready: dict[Guest, tuple[deque[Connection], ...]] = {}
+        self._waiting_for_ack: set[Connection] = set()
+        self._round: asyncio.Handle | None = None
+        self._sweep: asyncio.TimerHandle | None = None
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix="streamlift-read")
+        self._loop.add_reader(self._epoll, self._events)
+
+    def close(self) -> None:
+        """Stop; the connections are the caller's."""
+        self._loop.remove_reader(self._epoll)
+        self._epoll.close()
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        for handle in (self._round, self._sweep):
+            if handle:
+                handle.cancel()
+
+    def add(self, connection: Connection) -> None:
+        """Serve from now on; the first bytes leave before this returns."""
+        assert connection.sock is not None
+        fd = connection.sock.fileno()
+        self._by_fd[fd] = connection
+        self._epoll.register(fd, _EVENTS)
+        self._advance(connection)
+
+    def remove(self, connection: Connection) -> None:
+        """Stop serving at a byte boundary; idempotent."""
+        self._waiting_for_ack.discard(connection)
+        if connection.sock is None or self._by_fd.pop(connection.sock.fileno(), None) is None:
+            return
+        with contextlib.suppress(OSError):
+            self._epoll.unregister(connection.sock.fileno())
+        for queue in self._ready.get(connection.guest, ()):
+            with contextlib.suppress(ValueError):
+                queue.remove(connection)
+
+    def _events(self) -> None:
+        for fd, events in self._epoll.poll(0, 256):
+            connection = self._by_fd.get(fd)
+            if connection is not None:
+                self._event(connection, events)
+
+    def _event(self, connection: Connection, events: int) -> None:
+        assert connection.sock is not None
+        if events & (select.EPOLLERR | select.EPOLLHUP):
+            error = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error or events & select.EPOLLHUP:
+                self._gone(connection, error or errno.ECONNRESET)
+                return
+        if connection.finished:
+            self._check_acknowledged(connection)
+        elif events & select.EPOLLOUT:
+            self._enqueue(connection)
+
+    # Turns.
+
+    def _enqueue(self, connection: Connection) -> None:
+        queues = self._ready.get(connection.guest)
+        if queues is None:
+            queues = self._ready[connection.guest] = tuple(deque() for _ in PRIORITIES)
+        queue = queues[PRIORITIES.index(connection.job.priority)]
+        if connection not in queue:
+            queue.append(connection)
+        if self._round is None:
+            self._round = self._loop.call_soon(self._take_turns)
+
+    def _take_turns(self) -> None:
+        self._round = None
+        for _ in range(TURNS_PER_ROUND):
+            for guest in list(self._ready):
+                connection = _next(self._ready[guest])
+                if connection is None:
+                    del self._ready[guest]
+                else:
+                    self._advance(connection)
+            if not self._ready:
+                return
+        if self._round is None:
+            self._round = self._loop.call_soon(self._take_turns)
+
+    def _advance(self, connection: Connection) -> None:
+        """One quantum. The file's part is in memory, or is fetched first."""
+        assert connection.sock is not None
+        length = min(connection.job.count - connection.sent, self._quantum)
+        offset = connection.job.offset + connection.sent
+        if not _resident(connection.file, offset, length):
+            self._fetch(connection, offset, length)
+            return
+        self._send(connection, offset, length)
+
+    def _send(self, connection: Connection, offset: int, length: int) -> None:
+        assert connection.sock is not None
+        try:
+            if length == connection.job.count - connection.sent:
+                connection.sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPING, _TX_ACK | _OPT_TSONLY)
+            sent = os.sendfile(connection.sock.fileno(), connection.file, offset, length)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._error(connection, error)
+            return
+        self._account(connection, sent)
+
+    def _account(self, connection: Connection, sent: int) -> None:
+        connection.sent += sent
+        connection.guest.bytes_sent += sent
+        if sent == 0:
+            connection.reason = Reason.FILE_SHORT
+            connection.message = f"the file ended after {connection.sent} of {connection.job.count} bytes"
+        if sent == 0 or connection.sent == connection.job.count:
+            connection.finished = True
+            self._waiting_for_ack.add(connection)
+            self._check_acknowledged(connection)
+        else:
+            self._enqueue(connection)
+
+    def _error(self, connection: Connection, error: OSError) -> None:
+        if error.errno in _READ_ERRORS:
+            connection.reason, connection.errno = Reason.READ_ERROR, error.errno or errno.EIO
+            connection.message = f"reading {connection.job.path!r}: {error.strerror}"
+            connection.finished = True
+            self._waiting_for_ack.add(connection)
+            self._check_acknowledged(connection)
+        else:
+            self._gone(connection, error.errno or errno.ECONNRESET)
+
+    def _gone(self, connection: Connection, number: int) -> None:
+        self.remove(connection)
+        self._on_gone(connection, number)
+
+    # Acknowledged?
+
+    def _check_acknowledged(self, connection: Connection) -> None:
+        assert connection.sock is not None
+        if _unacknowledged(connection.sock) == 0:
+            self.remove(connection)
+            self._on_finished(connection)
+        elif self._sweep is None:
+            self._sweep = self._loop.call_later(SWEEP_INTERVAL, self._sweep_acknowledged)
+
+    def _sweep_acknowledged(self) -> None:
+        """A net below the error queue, whose notice the kernel drops when socket memory is short."""
+        self._sweep = None
+        for connection in list(self._waiting_for_ack):
+            self._check_acknowledged(connection)
+
+    # The disk.
+
+    def _fetch(self, connection: Connection, offset: int, length: int) -> None:
+        future = self._loop.run_in_executor(self._readers, _read_in, os.dup(connection.file), offset, length)
+        future.add_done_callback(lambda done: self._fetched(connection, offset, length, done))
+
+    def _fetched(self, connection: Connection, offset: int, length: int, done: asyncio.Future[None]) -> None:
+        """Send without asking again whether the part is resident: under memory pressure it might never be."""
+        if connection.state is not Host.SERVING or connection.sock is None or done.cancelled():
+            return
+        error = done.exception()
+        if isinstance(error, OSError):
+            self._error(connection, error)
+        elif connection.sock.fileno() in self._by_fd:
+            self._send(connection, offset, length)
+
+
+def _next(queues: tuple[deque[Connection], ...]) -> Connection | None:
+    """The first connection of the highest priority."""
+    for queue in reversed(queues):
+        if queue:
+            return queue.popleft()
+    return None
+
+
+def _unacknowledged(sock: socket.socket) -> int:
+    return int.from_bytes(fcntl.ioctl(sock.fileno(), kernel.SIOCOUTQ, b"\0\0\0\0"), "little")
+
+
+def _resident(file: int, offset: int, length: int) -> bool:
+    """Whether first and last byte are in the page cache. True where the file system cannot tell (no RWF_NOWAIT)."""
+    probe = bytearray(1)
+    try:
+        os.preadv(file, [probe], offset, os.RWF_NOWAIT)
+        os.preadv(file, [probe], offset + length - 1, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        return error.errno in (errno.EOPNOTSUPP, errno.EINVAL)
+    return True
+
+
+def _read_in(file: int, offset: int, length: int) -> None:
+    """Bring a part of a file into the page cache; runs in a thread. Closes `file`."""
+    try:
+        buffer = bytearray(1 << 17)
+        for at in range(offset, offset + length, len(buffer)):
+            os.preadv(file, [buffer], at)
+    finally:
+        os.close(file)
