@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`streamlift serve`: starts the service's parts in order and undoes them in reverse. What they do is in their own files.
+
+The service runs as a child of a small supervisor. If the child is killed, its redirects are stale: the supervisor's next
+child flushes them before it answers any guest, so a guest that meets a new service knows that its packets are its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from guest_agent.handoff.errors import Reason
+from guest_agent.handoff.hold import Hold
+from hypervisor_svc import __version__
+from hypervisor_svc.bridge import BridgedRedirect
+from hypervisor_svc.config import Config
+from hypervisor_svc.connection import Connection, Guest
+from hypervisor_svc.control import ControlServer
+from hypervisor_svc.domains import Domains, Machine
+from hypervisor_svc.guests import Guests, Limits
+from hypervisor_svc.inject import Injector
+from hypervisor_svc.redirect import NatRedirect, Redirect
+from hypervisor_svc.transparent import TransparentRedirect
+
+log = logging.getLogger("streamlift.service")
+
+BACKEND = "tcp_repair"
+BACKEND_WHY = "works on every kernel since 4.10; no kernel module is installed"
+DRAIN_LIMIT = 2.0
+
+
+class Service:
+    """The parts of one running service; `async with` starts and stops them."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._stack = contextlib.AsyncExitStack()
+        self._started = time.monotonic()
+        self._lossless = False
+        self._guests: Guests
+
+    async def __aenter__(self) -> Service:
+        async with contextlib.AsyncExitStack() as stack:
+            redirect = stack.enter_context(make_redirect(self._config))
+            stale = redirect.flush()
+            if stale:
+                log.warning("%d redirects of an earlier service were removed", stale)
+            injector = stack.enter_context(Injector())
+            keep = self._open_hold(stack)
+            self._guests = Guests(
+                about=self._about(),
+                redirect=redirect,
+                keep=keep,
+                injector=injector,
+                quantum=self._config.serve.quantum_bytes,
+                limits=self._limits(),
+            )
+            stack.callback(self._guests.close)
+            stack.push_async_callback(self._drain)
+            control = ControlServer(os.path.join(self._config.service.runtime_dir, "control.sock"), self._commands())
+            await stack.enter_async_context(control)
+            self._find_machines(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._stack.aclose()
+
+    def _open_hold(self, stack: contextlib.AsyncExitStack) -> Hold | None:
+        try:
+            keep = stack.enter_context(Hold())
+        except OSError as error:
+            log.warning("packets that arrive during a handoff will be lost and retransmitted: %s", error)
+            return None
+        self._lossless = True
+        return keep
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "side": "host",
+            "service_version": __version__,
+            "instance": os.urandom(8).hex(),
+            "backends": [BACKEND],
+            "kernel": platform.release(),
+        }
+
+    def _limits(self) -> Limits:
+        policy = self._config.policy
+        return Limits(
+            max_connections=policy.max_connections_per_vm,
+            max_queue_bytes=policy.max_queue_bytes,
+            max_frames_per_second=policy.max_frames_per_second,
+            orphan_timeout=self._config.serve.orphan_timeout_seconds,
+            threshold=policy.threshold_bytes,
+        )
+
+    def _find_machines(self, stack: contextlib.AsyncExitStack) -> None:
+        """VMs of the configuration file at once, those of libvirt as they come and go."""
+        for vm in self._config.vm:
+            machine = Machine(
+                name=vm.name,
+                uuid=f"static-{vm.name}",
+                channel_path=str(vm.channel),
+                share=str(vm.share),
+                addresses=tuple(str(address) for address in vm.addresses),
+                bridge=vm.bridge,
+            )
+            self._guests.machine_up(machine)
+        if self._config.libvirt.enabled:
+            domains = Domains(
+                self._config.libvirt.uri, on_up=self._guests.machine_up, on_down=self._guests.machine_down
+            )
+            domains.start()
+            stack.callback(domains.stop)
+
+    async def _drain(self) -> None:
+        """Before the end: everything that is out goes home, within DRAIN_LIMIT."""
+        for guest in self._guests:
+            guest.draining = True
+            self._guests.hand_back_all(guest, Reason.DRAINING)
+        deadline = time.monotonic() + DRAIN_LIMIT
+        while any(guest.connections for guest in self._guests) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+
+    # The control socket's commands.
+
+    def _commands(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+        return {"status": self._status, "connections": self._connections, "hand_back": self._hand_back}
+
+    def _status(self, request: dict[str, Any]) -> dict[str, Any]:
+        machines = [_machine_status(guest) for guest in self._guests]
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_seconds": round(time.monotonic() - self._started, 1),
+            "backend": {"name": BACKEND, "why": BACKEND_WHY},
+            "redirect": self._config.redirect.mode,
+            "lossless_freeze": self._lossless,
+            "durations": self._guests.durations.summary(),
+            "machines": machines,
+            "totals": {
+                key: sum(machine[key] for machine in machines)
+                for key in ("connections_out", "handed_out", "handed_back", "failed", "bytes_sent")
+            },
+        }
+
+    def _connections(self, request: dict[str, Any]) -> dict[str, Any]:
+        rows = [_connection_status(c) for guest in self._guests for c in guest.connections.values()]
+        return {"connections": rows}
+
+    def _hand_back(self, request: dict[str, Any]) -> dict[str, Any]:
+        name, token = request.get("machine"), request.get("token")
+        found = [guest for guest in self._guests if guest.machine.name == name]
+        if not found:
+            known = ", ".join(guest.machine.name for guest in self._guests) or "none"
+            raise ValueError(f"no VM named {name!r} has a channel here (known: {known})")
+        return {"handed_back": self._guests.hand_back_all(found[0], Reason.OPERATOR, token)}
+
+
+def _machine_status(guest: Guest) -> dict[str, Any]:
+    return {
+        "name": guest.machine.name,
+        "uuid": guest.machine.uuid,
+        "channel": guest.channel.state if guest.channel else "down",
+        "agent_version": guest.hello.get("agent_version"),
+        "kernel": guest.hello.get("kernel"),
+        "addresses": list(guest.machine.addresses),
+        "share": guest.machine.share,
+        "connections_out": len(guest.connections),
+        "handed_out": guest.counters["handed_out"],
+        "handed_back": guest.counters["handed_back"],
+        "failed": guest.counters["failed"],
+        "ended": guest.counters["ended"],
+        "held_packets": guest.counters["held_packets"],
+        "late_packets": guest.counters["late_packets"],
+        "refused": dict(guest.refused),
+        "bytes_sent": guest.bytes_sent,
+    }
+
+
+def _connection_status(connection: Connection) -> dict[str, Any]:
+    return {
+        "token": connection.token,
+        "machine": connection.guest.machine.name,
+        "client": str(connection.flow.client),
+        "server": str(connection.flow.server),
+        "state": connection.state.value,
+        "file": connection.job.path,
+        "priority": connection.job.priority,
+        "offset": connection.job.offset,
+        "count": connection.job.count,
+        "sent": connection.sent,
+        "age_seconds": round(time.monotonic() - connection.started, 3),
+    }
+
+
+def make_redirect(config: Config) -> Redirect:
+    """The redirection that the configuration asks for; bridged VMs are handled by the wrapper."""
+    inner: Redirect
+    if config.redirect.mode == "transparent":
+        inner = TransparentRedirect()
+    else:
+        inner = NatRedirect(
+            ports=config.redirect.port_range, address4=config.redirect.address4, address6=config.redirect.address6
+        )
+    bridges = {vm.bridge: tuple(map(str, vm.addresses)) for vm in config.vm if vm.bridge}
+    return BridgedRedirect(inner, bridges) if bridges else inner
+
+
+async def _serve(config: Config) -> None:
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    async with Service(config):
+        log.info("ready")
+        await stopped.wait()
+
+
+def run(config: Config) -> int:
+    """Run until SIGTERM or SIGINT; a child that is killed is started again. The exit status."""
+    logging.basicConfig(level=config.service.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    os.makedirs(config.service.runtime_dir, mode=0o755, exist_ok=True)
+    supervisor = _Supervisor(config)
+    return supervisor.run()
+
+
+class _Supervisor:
+    """Starts the service in a child process and starts it again when it dies. Nothing here can fail at run time."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._child = 0
+        self._stopping = False
+
+    def run(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        while True:
+            self._child = os.fork()
+            if self._child == 0:
+                os._exit(self._serve())
+            _, status = os.waitpid(self._child, 0)
+            if self._stopping or os.WIFEXITED(status):
+                return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1
+            log.error("the service was killed by signal %d; starting it again", os.WTERMSIG(status))
+            time.sleep(0.05)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._stopping = True
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._child, number)
+
+    def _serve(self) -> int:
+        _die_with_parent()
+        try:
+            asyncio.run(_serve(self._config))
+        except (OSError, RuntimeError) as error:
+            log.critical("%s", error, exc_info=log.isEnabledFor(logging.DEBUG))
+            return 1
+        finally:
+            sys.stderr.flush()
+        return 0
+
+
+def _die_with_parent() -> None:
+    """prctl(PR_SET_PDEATHSIG, SIGTERM): a service without its supervisor drains and ends."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
