@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes a libvirt domain a Streamlift VM: the channel, the shared folder and the addresses.
+
+`attach` adds them to a VM that exists and `detach` takes them away; `deploy` puts the same elements into the
+VMs that it makes.
+"""
+
+import ipaddress
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import libvirt
+
+CHANNEL_NAME = "org.streamlift.offload.0"
+SHARE_TAG = "streamlift"
+NAMESPACE = "https://streamlift.org/xmlns/1"
+PREFIX = "streamlift"
+
+ET.register_namespace(PREFIX, NAMESPACE)
+
+
+class MachineError(Exception):
+    """A VM cannot be changed as asked; `hint` tells people what to do about it."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Change:
+    """What `attach` or `detach` did: the parts, and whether the VM must be restarted to see all of them."""
+
+    parts: tuple[str, ...]
+    restart_needed: bool
+
+    @property
+    def message(self) -> str:
+        """One line for people."""
+        if not self.parts:
+            return "nothing to do"
+        ending = "; restart the VM (shut it down and start it again) to complete it" if self.restart_needed else ""
+        return f"changed: {', '.join(self.parts)}{ending}"
+
+
+def attach(
+    connection: libvirt.virConnect, name: str, *, share_directory: Path, addresses: Sequence[str], read_only: bool = True
+) -> Change:
+    """Give a VM the channel, the share and its addresses. Doing it twice changes nothing the second time.
+
+    The channel reaches a running VM at once; the share needs a restart, for QEMU cannot plug 9p.
+    """
+    share = share_directory.resolve()
+    if not share.is_dir():
+        raise MachineError(f"{share} is not a folder", hint="create it, or name the folder with the media files")
+    domain = find_domain(connection, name)
+    parts: list[str] = []
+    restart = False
+    if _channel(_definition(domain)) is None:
+        restart |= not _add_channel(domain)
+        parts.append("channel")
+    if _share_path(_definition(domain)) != share:
+        _put_share(connection, domain, share=share, read_only=read_only)
+        restart |= bool(domain.isActive())
+        parts.append("share")
+    if addresses_of(_definition(domain)) != canonical(addresses):
+        _set_metadata(domain, ET.tostring(metadata_element(canonical(addresses)), encoding="unicode"))
+        parts.append("addresses")
+    return Change(tuple(parts), restart)
+
+
+def detach(connection: libvirt.virConnect, name: str) -> Change:
+    """Take away what `attach` gave. Doing it twice changes nothing the second time."""
+    domain = find_domain(connection, name)
+    parts: list[str] = []
+    restart = False
+    channel = _channel(_definition(domain))
+    if channel is not None:
+        restart |= not _remove_channel(domain, channel)
+        parts.append("channel")
+    if _share_path(_definition(domain)) is not None:
+        _drop_share(connection, domain)
+        restart |= bool(domain.isActive())
+        parts.append("share")
+    if addresses_of(_definition(domain)):
+        _set_metadata(domain, None)
+        parts.append("addresses")
+    return Change(tuple(parts), restart)
+
+
+def find_domain(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
+    """The VM with this name, or an error that lists those that exist."""
+    try:
+        return connection.lookupByName(name)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
+        names = ", ".join(sorted(domain.name() for domain in connection.listAllDomains())) or "none"
+        raise MachineError(f"there is no VM named {name!r}", hint=f"VMs here: {names}") from error
+
+
+def channel_element() -> ET.Element:
+    """The port; with no source, libvirt chooses the socket's path and keeps it safe."""
+    channel = ET.Element("channel", type="unix")
+    ET.SubElement(channel, "target", type="virtio", name=CHANNEL_NAME)
+    return channel
+
+
+def share_element(share: Path, *, read_only: bool) -> ET.Element:
+    """The folder as a 9p file system with our mount tag."""
+    filesystem = ET.Element("filesystem", type="mount", accessmode="passthrough")
+    ET.SubElement(filesystem, "source", dir=str(share))
+    ET.SubElement(filesystem, "target", dir=SHARE_TAG)
+    if read_only:
+        ET.SubElement(filesystem, "readonly")
+    return filesystem
+
+
+def metadata_element(addresses: Sequence[str]) -> ET.Element:
+    """The addresses that belong to the VM: the service redirects no other address for it."""
+    element = ET.Element(f"{{{NAMESPACE}}}vm")
+    for address in addresses:
+        ET.SubElement(element, f"{{{NAMESPACE}}}address").text = address
+    return element
+
+
+def canonical(addresses: Sequence[str]) -> tuple[str, ...]:
+    """Plain addresses in their canonical text; `10.0.0.2/24` counts as `10.0.0.2`."""
+    try:
+        return tuple(str(ipaddress.ip_interface(address).ip) for address in addresses)
+    except ValueError as error:
+        raise MachineError(str(error), hint="write addresses like 192.0.2.7 or 2001:db8::7") from error
+
+
+def addresses_of(definition: ET.Element) -> tuple[str, ...]:
+    """The addresses in a domain's metadata; empty if there are none."""
+    found = definition.findall(f"metadata/{{{NAMESPACE}}}vm/{{{NAMESPACE}}}address")
+    return tuple(address.text for address in found if address.text)
+
+
+def channel_path(definition: ET.Element) -> Path | None:
+    """The socket of the channel of a running domain (live XML); None if it has no channel."""
+    channel = _channel(definition)
+    source = channel.find("source") if channel is not None else None
+    path = source.get("path") if source is not None else None
+    return Path(path) if path else None
+
+
+def share_path(definition: ET.Element) -> Path | None:
+    """The host's folder behind our mount tag, or None."""
+    return _share_path(definition)
+
+
+def _definition(domain: libvirt.virDomain) -> ET.Element:
+    return ET.fromstring(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+
+
+def _channel(definition: ET.Element) -> ET.Element | None:
+    for channel in definition.iterfind("devices/channel"):
+        target = channel.find("target")
+        if target is not None and target.get("name") == CHANNEL_NAME:
+            return channel
+    return None
+
+
+def _shares(definition: ET.Element) -> list[ET.Element]:
+    found = []
+    for filesystem in definition.iterfind("devices/filesystem"):
+        target = filesystem.find("target")
+        if target is not None and target.get("dir") == SHARE_TAG:
+            found.append(filesystem)
+    return found
+
+
+def _share_path(definition: ET.Element) -> Path | None:
+    for filesystem in _shares(definition):
+        source = filesystem.find("source")
+        if source is not None and source.get("dir"):
+            return Path(str(source.get("dir")))
+    return None
+
+
+def _add_channel(domain: libvirt.virDomain) -> bool:
+    """Add the channel to the configuration and, if it runs, to the VM; False if that has to wait for a restart."""
+    text = ET.tostring(channel_element(), encoding="unicode")
+    domain.attachDeviceFlags(text, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    if not domain.isActive():
+        return True
+    try:
+        domain.attachDeviceFlags(text, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    except libvirt.libvirtError:
+        # No virtio-serial controller or no free port in the running machine: the configuration has both.
+        return False
+    return True
+
+
+def _remove_channel(domain: libvirt.virDomain, channel: ET.Element) -> bool:
+    text = ET.tostring(channel, encoding="unicode")
+    domain.detachDeviceFlags(text, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    if not domain.isActive():
+        return True
+    live = _channel(ET.fromstring(domain.XMLDesc()))
+    if live is None:
+        return True
+    try:
+        domain.detachDeviceFlags(ET.tostring(live, encoding="unicode"), libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    except libvirt.libvirtError:
+        return False
+    return True
+
+
+def _put_share(connection: libvirt.virConnect, domain: libvirt.virDomain, *, share: Path, read_only: bool) -> None:
+    definition = _without_shares(domain)
+    devices = definition.find("devices")
+    assert devices is not None
+    devices.append(share_element(share, read_only=read_only))
+    connection.defineXML(ET.tostring(definition, encoding="unicode"))
+
+
+def _drop_share(connection: libvirt.virConnect, domain: libvirt.virDomain) -> None:
+    connection.defineXML(ET.tostring(_without_shares(domain), encoding="unicode"))
+
+
+def _without_shares(domain: libvirt.virDomain) -> ET.Element:
+    definition = ET.fromstring(
+        domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+    )
+    devices = definition.find("devices")
+    assert devices is not None
+    for filesystem in _shares(definition):
+        devices.remove(filesystem)
+    return definition
+
+
+def _set_metadata(domain: libvirt.virDomain, text: str | None) -> None:
+    flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG
+    if domain.isActive():
+        flags |= libvirt.VIR_DOMAIN_AFFECT_LIVE
+    domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, text, PREFIX, NAMESPACE, flags)
