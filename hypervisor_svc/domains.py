@@ -61,21 +61,19 @@ class Domains:
         self._wanted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Report the VMs that run now, then go on in the background. libvirtd may be away: it is tried again."""
+    def start(self) -> None:
+        """Begin, in the running asyncio loop. libvirtd may be away: it is tried again."""
         _start_event_loop()
         self._loop = asyncio.get_running_loop()
-        await self._compare()
-        self._task = asyncio.create_task(self._watch())
+        self._wanted.set()
+        self._task = self._loop.create_task(self._watch())
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """Stop watching; nothing more is reported."""
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
             self._task = None
-        await asyncio.to_thread(self._disconnect)
+        self._disconnect()
 
     def refresh(self) -> None:
         """Compare soon, without waiting for an event."""

@@ -94,8 +94,9 @@ def install_agent(root: Path) -> None:
     """Put the agent, the example server and their units into the root file system."""
     packages = root / "usr" / "lib" / "python3" / "dist-packages"
     shutil.copytree(AGENT, packages / "guest_agent", ignore=shutil.ignore_patterns("__pycache__", "*.service"))
-    run(["chroot", root, "/usr/bin/python3", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash",
-         "/usr/lib/python3/dist-packages/guest_agent"])  # fmt: skip
+    # Compiled here, without time stamps: the guest starts faster, and the image stays reproducible.
+    compile_all = ("/usr/bin/python3", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash")
+    run(["chroot", root, *compile_all, "/usr/lib/python3/dist-packages/guest_agent"])
     scripts = root / "usr" / "lib" / "streamlift"
     scripts.mkdir()
     shutil.copy(GUEST_FILES / "network", scripts / "network")
@@ -128,8 +129,8 @@ def make_image(root: Path, *, image: Path) -> None:
     _set_times(root)
     options = f"root_owner=0:0,hash_seed={FILE_SYSTEM_ID},lazy_itable_init=0,lazy_journal_init=0"
     run(
-        ["mke2fs", "-q", "-t", "ext4", "-L", "streamlift", "-U", FILE_SYSTEM_ID, "-E", options, "-b", str(BLOCK),
-         "-J", "size=16", "-m", "0", "-d", root, image, str(SIZE // BLOCK)],  # fmt: skip
+        ["mke2fs", "-q", "-t", "ext4", "-L", "streamlift", "-U", FILE_SYSTEM_ID, "-E", options, "-b", str(BLOCK)]
+        + ["-J", "size=16", "-m", "0", "-d", str(root), str(image), str(SIZE // BLOCK)],
         environment={"E2FSPROGS_FAKE_TIME": str(EPOCH)},
     )
 
