@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asking the agent from asyncio: one connection per event loop, replies matched to requests by number."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from guest_agent.offload_wire import (
+    CROWDED,
+    HELLO_LIMIT,
+    MAX_MESSAGE,
+    RECLAIM_LIMIT,
+    RECLAIM_PAUSE,
+    REFRESH_INTERVAL,
+    RETRY_INTERVAL,
+    Hello,
+    Message,
+    Refused,
+    Reply,
+    connect,
+    decode,
+    encode_reclaim,
+    encode_sendfile,
+    encode_status,
+    here,
+    lost,
+    new_token,
+    next_number,
+    read_greeting,
+    read_hello,
+    read_reply,
+    send_message,
+)
+
+
+class _Pending:
+    """A request under way. `asked`: the agent may have acted on it, so only the agent can say how it ended.
+    `when_over` runs once, also if nobody waits any more."""
+
+    __slots__ = ("asked", "fds", "future", "message", "sock", "token", "when_over")
+
+    def __init__(
+        self,
+        token: str,
+        sock: Any,
+        message: bytes,
+        fds: tuple[int, ...],
+        *,
+        future: asyncio.Future[Reply],
+        when_over: Callable[[], None] | None,
+    ) -> None:
+        self.token, self.sock, self.message, self.fds = token, sock, message, fds
+        self.future, self.when_over, self.asked = future, when_over, False
+
+    def end(self, outcome: Reply | Exception) -> None:
+        """Tell the caller, if it still waits."""
+        if self.when_over is not None:
+            self.when_over()
+        if self.future.done():
+            return
+        if isinstance(outcome, Exception):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+class Link:
+    """The one connection of an event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._connection: socket.socket | None = None
+        self._hello: Hello | None = None
+        self._absent = "no_agent"
+        self._retry_at = self._refreshed_at = 0.0
+        self._opening: asyncio.Task[None] | None = None
+        self._reclaiming: asyncio.Task[None] | None = None
+        self._pending: dict[int, _Pending] = {}
+        self._unsent: deque[int] = deque()
+
+    async def refusal(self, file_fd: int, count: int) -> str | None:
+        """Why the file is not for the host, mostly without asking anybody."""
+        if self._hello is None:
+            await self._open()
+        hello = self._hello
+        if hello is None:
+            return self._absent
+        reason = hello.refusal(file_fd, count)
+        if reason == "not_on_share" and hello.stale():
+            self._refresh()
+        return reason
+
+    async def request(
+        self,
+        sock: Any,
+        file_fd: int,
+        offset: int,
+        count: int,
+        priority: str,
+        *,
+        when_over: Callable[[], None] | None = None,
+    ) -> Reply:
+        """Ask the agent. A cancelled caller leaves the request under way: its reply is still consumed."""
+        number, token = next_number(), new_token()
+        message = encode_sendfile(number, token, offset, count, priority)
+        future: asyncio.Future[Reply] = self.loop.create_future()
+        fds = (sock.fileno(), file_fd)
+        self._pending[number] = _Pending(token, sock, message, fds, future=future, when_over=when_over)
+        self._send(number)
+        return await future
+
+    # Opening and losing the connection.
+
+    async def _open(self) -> None:
+        """Connect, unless the agent was absent a moment ago; concurrent callers share one attempt."""
+        if self.loop.time() < self._retry_at or self._reclaiming is not None:
+            return
+        if self._opening is None:
+            self._opening = self.loop.create_task(self._try_open())
+        await asyncio.shield(self._opening)
+
+    async def _try_open(self) -> None:
+        try:
+            connection = connect()
+            try:
+                data = await asyncio.wait_for(self.loop.sock_recv(connection, MAX_MESSAGE), HELLO_LIMIT)
+                self._hello = decode(data, read_greeting)
+            except BaseException:
+                connection.close()
+                raise
+        except (OSError, TimeoutError, Refused) as error:
+            self._absent = "not_allowed" if isinstance(error, Refused) else "no_agent"
+            self._retry_at = self.loop.time() + RETRY_INTERVAL
+        else:
+            self._connection = connection
+            self.loop.add_reader(connection, self._readable)
+        finally:
+            self._opening = None
+
+    def _disconnect(self) -> None:
+        connection, self._connection, self._hello = self._connection, None, None
+        if connection is not None:
+            self.loop.remove_reader(connection)
+            self.loop.remove_writer(connection)
+            connection.close()
+
+    def _lose(self) -> None:
+        """The agent went away: what it never got is sent from here, the rest is asked back from its next life."""
+        self._disconnect()
+        self._unsent.clear()
+        for number in [number for number, pending in self._pending.items() if not pending.asked]:
+            self._end(number, here("no_agent"))
+        if self._pending and self._reclaiming is None:
+            self._reclaiming = self.loop.create_task(self._reclaim())
+
+    async def _reclaim(self) -> None:
+        until = self.loop.time() + RECLAIM_LIMIT
+        await self._try_open()
+        while self._connection is None and self.loop.time() < until:
+            await asyncio.sleep(RECLAIM_PAUSE)
+            await self._try_open()
+        self._reclaiming = None
+        waiting, self._pending = self._pending, {}
+        for pending in waiting.values():
+            self._renew(pending)
+        for number in list(self._pending):
+            self._send(number)
+
+    def _renew(self, pending: _Pending) -> None:
+        """Turn a request into a reclaim, if there is somebody to ask and something to give."""
+        fd = pending.sock.fileno()
+        if self._connection is None or fd < 0:  # below zero: closed by the application, after a cancelled call
+            pending.end(lost(self._absent))
+            return
+        number = next_number()
+        pending.message, pending.fds = encode_reclaim(number, pending.token), (fd,)
+        self._pending[number] = pending
+
+    def close_idle(self) -> None:
+        """Close the connection if no request is under way."""
+        if self.loop.is_closed():
+            self.abandon()
+        elif not self._pending:
+            self._disconnect()
+
+    def abandon(self) -> None:
+        """After fork, or when the loop is closed. The loop is left alone: a child shares its epoll with the parent."""
+        if self._connection is not None:
+            self._connection.close()
+
+    # Messages out.
+
+    def _send(self, number: int) -> None:
+        """Send a pending request now, or as soon as the agent has caught up."""
+        if self._connection is None:
+            self._not_sent(number, ConnectionResetError())
+        elif self._unsent or not self._try_send(number):
+            self._unsent.append(number)
+            self.loop.add_writer(self._connection, self._writable)
+
+    def _try_send(self, number: int) -> bool:
+        """False: the agent is behind. The descriptors stay open, for the caller waits and keeps socket and file."""
+        pending = self._pending.get(number)
+        if pending is None or self._connection is None:
+            return True
+        if pending.future.done() and not pending.asked:
+            self._end(number, here("agent_busy"))  # cancelled meanwhile: its descriptors may be other files by now
+            return True
+        try:
+            send_message(self._connection, pending.message, *pending.fds)
+            pending.asked = True
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._not_sent(number, error)
+        return True
+
+    def _writable(self) -> None:
+        while self._unsent and self._try_send(self._unsent[0]):
+            if self._unsent:  # losing the connection empties it
+                self._unsent.popleft()
+        if not self._unsent and self._connection is not None:
+            self.loop.remove_writer(self._connection)
+
+    def _not_sent(self, number: int, error: OSError) -> None:
+        """A dead connection concerns all requests, anything else this one."""
+        if isinstance(error, ConnectionError):
+            self._lose()
+        elif self._pending[number].asked:
+            self._end(number, lost(error))
+        else:
+            self._end(number, here("agent_busy") if error.errno in CROWDED else error)
+
+    def _refresh(self) -> None:
+        """Ask for the shares there are now; this transfer does not wait for the answer."""
+        now = self.loop.time()
+        if now - self._refreshed_at > REFRESH_INTERVAL and self._connection is not None and not self._unsent:
+            self._refreshed_at = now
+            with contextlib.suppress(OSError):
+                send_message(self._connection, encode_status(next_number()))
+
+    # Messages in.
+
+    def _readable(self) -> None:
+        """Take every reply that is there."""
+        while self._connection is not None:
+            try:
+                decode(self._connection.recv(MAX_MESSAGE), self._message)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._lose()
+
+    def _message(self, message: Message) -> None:
+        told = message.get("hello") or message.get("status")
+        if told:
+            self._hello = read_hello(told)
+        else:
+            reply = read_reply(message)
+            self._end(message["id"], reply)
+
+    def _end(self, number: int, outcome: Reply | Exception) -> None:
+        pending = self._pending.pop(number, None)
+        if pending is not None:
+            pending.end(outcome)
+
+
+_links: dict[asyncio.AbstractEventLoop, Link] = {}
+
+
+def link() -> Link:
+    """The running loop's connection; those of closed loops are dropped when a new loop comes."""
+    loop = asyncio.get_running_loop()
+    found = _links.get(loop)
+    if found is None:
+        for old in [old for old in list(_links) if old.is_closed()]:
+            _links.pop(old).abandon()
+        found = _links[loop] = Link(loop)
+    return found
+
+
+def close_idle() -> None:
+    """Close the connections on which nothing is under way; the running loop's, and those of closed loops."""
+    for loop, known in list(_links.items()):
+        if loop.is_closed() or loop is _running():
+            known.close_idle()
+
+
+def _running() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def abandon_all() -> None:
+    """In a forked child: the parent's connections are not ours."""
+    for known in _links.values():
+        known.abandon()
+    _links.clear()

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The words between an application and the agent: SOCK_SEQPACKET, one JSON object a message, descriptors beside it.
+
+    agent -> application  {"v":1,"hello":{"threshold":65536,"shares":["/srv/share"],...}} or {"v":1,"error":"..."}
+    application -> agent  {"v":1,"op":"sendfile","id":7,"token":"<32 hex>","offset":0,"count":N,"priority":"normal"}
+                          with [socket, file]; {"v":1,"op":"reclaim","id":8,"token":"..."} with [socket];
+                          {"v":1,"op":"status","id":9}
+    agent -> application  {"v":1,"id":7,"outcome":"offloaded"|"local"|"failed","sent":N,"reason":...,"message":"...",
+                          "errno":...} or {"v":1,"id":9,"status":{...}}
+
+`guest_agent/applications.py` is the other end."""
+
+from __future__ import annotations
+
+import errno as errnos
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count as counting
+from typing import Any, TypeVar
+
+AGENT = "/run/streamlift/agent.sock"
+MAX_MESSAGE = 1 << 16
+RETRY_INTERVAL = 1.0
+"""Seconds for which an absent agent is not looked for again."""
+REFRESH_INTERVAL = 5.0
+"""Seconds after which "not on a share" is asked for again: a share may have been mounted meanwhile."""
+HELLO_LIMIT = 1.0
+RECLAIM_LIMIT = 5.0
+RECLAIM_PAUSE = 0.05
+CROWDED = (errnos.ETOOMANYREFS, errnos.ENOBUFS, errnos.ENOMEM)
+"""What the kernel says when too many descriptors or messages are in flight."""
+
+Message = dict[str, Any]
+T = TypeVar("T")
+next_number: Callable[[], int] = counting(1).__next__
+
+EXPLANATIONS = {
+    "no_agent": "no agent answers at its socket",
+    "not_allowed": "the agent does not serve this user",
+    "too_small": "sending it from here is quicker than a handoff",
+    "not_on_share": "the file is not on a share of the host",
+    "not_tcp": "only TCP connections can be handed to the host",
+    "mptcp": "a Multipath TCP connection cannot be moved",
+    "upper_layer_protocol": "TLS is spoken in this process",
+    "agent_busy": "too many requests are on their way to the agent",
+}
+
+
+class Refused(Exception):
+    """The agent does not serve this process."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """How a request ended; `sent` bytes were delivered by the host."""
+
+    outcome: str
+    sent: int
+    reason: str | None
+    message: str
+    errno: int | None = None
+
+
+def here(reason: str) -> Reply:
+    """The reply that we give ourselves: send it from here, because."""
+    return Reply("local", 0, reason, EXPLANATIONS.get(reason, reason))
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What the agent takes: at least `threshold` bytes, of files whose path begins with one of `prefixes`."""
+
+    threshold: int
+    prefixes: tuple[str, ...]
+    at: float
+
+    def refusal(self, file_fd: int, count: int) -> str | None:
+        """Why this file is ours to send; one readlink at most."""
+        if count < self.threshold:
+            return "too_small"
+        path = os.readlink(f"/proc/self/fd/{file_fd}")
+        return None if path.startswith(self.prefixes) else "not_on_share"
+
+    def stale(self) -> bool:
+        """Whether shares may have come since."""
+        return time.monotonic() - self.at > REFRESH_INTERVAL
+
+
+# Requests.
+
+
+def encode_sendfile(number: int, token: str, offset: int, count: int, priority: str) -> bytes:
+    """Formatted by hand: a fifth of what json.dumps takes, and nothing here needs escaping."""
+    return (
+        f'{{"v":1,"op":"sendfile","id":{number},"token":"{token}",'
+        f'"offset":{offset},"count":{count},"priority":"{priority}"}}'
+    ).encode()
+
+
+def encode_reclaim(number: int, token: str) -> bytes:
+    """Goes with the socket of the transfer `token`."""
+    return f'{{"v":1,"op":"reclaim","id":{number},"token":"{token}"}}'.encode()
+
+
+def encode_status(number: int) -> bytes:
+    """Goes alone."""
+    return f'{{"v":1,"op":"status","id":{number}}}'.encode()
+
+
+def new_token() -> str:
+    """A transfer's identity, in this and every later life of the agent."""
+    return os.urandom(16).hex()
+
+
+def send_message(connection: socket.socket, message: bytes, *fds: int) -> None:
+    """One message with its descriptors; OSError as sendmsg(2), never SIGPIPE."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+    connection.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+
+
+# Answers. Whatever makes no sense counts as the agent's loss: ConnectionError.
+
+
+def decode(data: bytes, read: Callable[[Message], T]) -> T:
+    """`read` one message. Raises ConnectionError for the end of the connection and for nonsense."""
+    if not data:
+        raise ConnectionResetError(errnos.ECONNRESET, "the agent closed the connection")
+    try:
+        return read(json.loads(data))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConnectionResetError(errnos.ECONNRESET, f"the agent's message makes no sense: {error!r}") from None
+
+
+def read_greeting(message: Message) -> Hello:
+    """The first message on a connection. Raises Refused."""
+    if "error" in message:
+        raise Refused(str(message["error"]))
+    return read_hello(message["hello"])
+
+
+def read_hello(told: Message) -> Hello:
+    """From a hello or from a status, which says the same things."""
+    prefixes = tuple(share.rstrip("/") + "/" for share in told["shares"])
+    return Hello(int(told["threshold"]), prefixes, time.monotonic())
+
+
+def read_reply(message: Message) -> Reply:
+    """Raises ValueError, KeyError, TypeError for what is none."""
+    outcome, sent = message["outcome"], message["sent"]
+    if outcome not in ("offloaded", "local", "failed") or type(sent) is not int or sent < 0:
+        raise ValueError(f"outcome {outcome!r}, sent {sent!r}")
+    return Reply(outcome, sent, message.get("reason"), message.get("message") or "", message.get("errno"))
+
+
+# The connection.
+
+
+def agent_path() -> str:
+    """Where the agent listens: the environment's STREAMLIFT_AGENT, else the usual place."""
+    return os.environ.get("STREAMLIFT_AGENT", AGENT)
+
+
+def connect() -> socket.socket:
+    """A non-blocking connection; the hello is still to be read. Raises OSError at once if nobody listens."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.setblocking(False)
+        connection.connect(agent_path())
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def lost(error: object) -> ConnectionResetError:
+    """The end of a transfer whose agent did not come back."""
+    return ConnectionResetError(
+        errnos.ECONNRESET,
+        f"the agent went away while it had the connection, and did not come back within {RECLAIM_LIMIT:g} s ({error}). "
+        "The connection must be closed; see `systemctl status streamlift-agent`",
+    )
