@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The codec of snapshots: golden bytes, and that no input from a guest gets past it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guest_agent.handoff.errors import GuestError, Reason
+from guest_agent.handoff.snapshot import Endpoint, decode, encode
+from tests.guest_agent.handoff.samples import SNAPSHOT
+
+GOLDEN = (
+    '{"version":1,"local":["192.0.2.10",80],"peer":["198.51.100.7",40000],"send_sequence":4294967280,'
+    '"receive_sequence":1000,"mss":1460,"send_scale":7,"receive_scale":10,"sack":true,"timestamps":true,'
+    '"timestamp":123456,"timestamp_usec":false,"v4_mapped":false,"window":[1000,65535,65535,64000,1005],'
+    '"options":[true,false,false,7200,75,9,87040,131072,0,0,0,0,0,"cubic"],"queues":[5,34,2]}'
+)
+
+
+def through_json(header: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(header))
+
+
+def test_golden_header_and_body() -> None:
+    header, body = encode(SNAPSHOT)
+    assert json.dumps(header, separators=(",", ":")) == GOLDEN
+    assert body == SNAPSHOT.receive_queue + SNAPSHOT.unacked + SNAPSHOT.unsent
+
+
+@pytest.mark.parametrize("ends", [("192.0.2.10", "198.51.100.7"), ("2001:db8::1", "2001:db8:2::7")])
+def test_round_trip(ends: tuple[str, str]) -> None:
+    snapshot = replace(SNAPSHOT, local=Endpoint(ends[0], 443), peer=Endpoint(ends[1], 1))
+    header, body = encode(snapshot)
+    assert decode(through_json(header), body) == snapshot
+
+
+def test_sequence_numbers_wrap() -> None:
+    assert SNAPSHOT.send_next == (0xFFFFFFF0 + 34) % 2**32
+    assert SNAPSHOT.receive_next == 1005
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("local", ["192.0.2.010", 80]),
+        ("local", ["0.0.0.0", 80]),
+        ("local", ["224.0.0.1", 80]),
+        ("local", ["::ffff:192.0.2.10", 80]),
+        ("local", ["fe80::1%eth0", 80]),
+        ("local", ["192.0.2.10", 0]),
+        ("local", ["192.0.2.10", True]),
+        ("peer", ["2001:db8::1", 80]),
+        ("mss", 0),
+        ("mss", 65536),
+        ("mss", 1460.0),
+        ("send_scale", 15),
+        ("send_scale", None),
+        ("send_sequence", -1),
+        ("send_sequence", 2**32),
+        ("sack", 1),
+        ("window", [0, 0, 0, 0]),
+        ("window", [0, 0, 0, 0, 2**32]),
+        ("queues", [5, 34, 3]),
+        ("queues", [-1, 40, 2]),
+        ("options", []),
+        ("v4_mapped", None),
+    ],
+)
+def test_bad_fields_are_refused(field: str, value: object) -> None:
+    header, body = encode(SNAPSHOT)
+    with pytest.raises(GuestError) as error:
+        decode(through_json(header) | {field: value}, body)
+    assert error.value.reason is Reason.BAD_SNAPSHOT
+
+
+@pytest.mark.parametrize("version", [0, 2, 999, "1", None])
+def test_other_versions_are_refused(version: object) -> None:
+    header, body = encode(SNAPSHOT)
+    with pytest.raises(GuestError) as error:
+        decode(header | {"version": version}, body)
+    assert error.value.reason is Reason.BAD_VERSION
+
+
+def test_missing_and_unknown_fields_are_refused() -> None:
+    header, body = encode(SNAPSHOT)
+    with pytest.raises(GuestError):
+        decode({key: value for key, value in header.items() if key != "mss"}, body)
+    with pytest.raises(GuestError):
+        decode(header | {"surprise": 1}, body)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=10), inner, max_size=6),
+    max_leaves=20,
+)
+
+
+@given(field=st.sampled_from(sorted(encode(SNAPSHOT)[0])), value=JSON, body=st.binary(max_size=64))
+def test_mutated_snapshots_never_crash(field: str, value: object, body: bytes) -> None:
+    header, good_body = encode(SNAPSHOT)
+    for candidate in (body, good_body):
+        try:
+            decode(through_json(header) | {field: value}, candidate)
+        except GuestError:
+            continue
+
+
+@given(JSON)
+def test_any_json_never_crashes(value: object) -> None:
+    with pytest.raises(GuestError):
+        decode(value, b"")
