@@ -12,6 +12,7 @@ from guest_agent.handoff import kernel
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, _NLMSG_ERROR = 4, 20, 1, 2
 _INET_DIAG_MD5SIG = 18
 _INET_DIAG_MESSAGE = 72
+_WITH_INFO = 2  # the kernel adds the key only to a reply that carries INET_DIAG_INFO (tcp_diag_get_aux)
 
 
 def is_signed(sock: socket.socket) -> bool:
@@ -40,7 +41,7 @@ def _request(sock: socket.socket) -> bytes:
     local, peer = sock.getsockname(), sock.getpeername()
     cookie = sock.getsockopt(socket.SOL_SOCKET, kernel.SO_COOKIE, 8)
     ends = struct.pack("!HH16s16s", local[1], peer[1], _packed(sock, local[0]), _packed(sock, peer[0]))
-    request = struct.pack("=BBBxI", sock.family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF) + ends + b"\0\0\0\0" + cookie
+    request = struct.pack("=BBBxI", sock.family, socket.IPPROTO_TCP, _WITH_INFO, 0xFFFFFFFF) + ends + b"\0\0\0\0" + cookie
     return struct.pack("=IHHII", 16 + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + request
 
 
