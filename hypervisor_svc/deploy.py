@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import libvirt
 
-from hypervisor_svc import accelerator
+from hypervisor_svc.accelerator import Accelerator, Choice, choose
 from hypervisor_svc.attach import (
     NAMESPACE,
     MachineError,
@@ -62,7 +62,7 @@ class Deployment:
     network: str = NETWORK
     memory_mib: int = 512
     vcpus: int = 2
-    accelerator: accelerator.Choice = "auto"
+    accelerator: Choice = "auto"
     read_only_share: bool = True
     machines: Path = MACHINES
 
@@ -95,14 +95,14 @@ class Deployed:
     name: str
     uuid: str
     addresses: tuple[str, ...]
-    accelerator: accelerator.Accelerator
+    accelerator: Accelerator
     console_log: Path
 
 
 def deploy(connection: libvirt.virConnect, deployment: Deployment) -> Deployed:
     """Make the VM and start it; what was made is undone if a later step fails."""
     _check(connection, deployment)
-    chosen = accelerator.choose(deployment.accelerator)
+    chosen = choose(deployment.accelerator)
     with contextlib.ExitStack() as undo:
         if deployment.mode == "routed":
             _start_network(connection, deployment)
@@ -141,7 +141,7 @@ def undeploy(connection: libvirt.virConnect, name: str) -> None:
         _stop_network_if_unused(connection, network)
 
 
-def domain_element(deployment: Deployment, chosen: accelerator.Accelerator) -> ET.Element:
+def domain_element(deployment: Deployment, chosen: Accelerator) -> ET.Element:
     """The domain's XML."""
     domain = ET.Element("domain", type="kvm" if chosen == "kvm" else "qemu")
     ET.SubElement(domain, "name").text = deployment.name
