@@ -44,7 +44,7 @@ def packed(address: str) -> bytes:
     return socket.inet_pton(family_of(address), address)
 
 
-def family_of(address: str) -> int:
+def family_of(address: str) -> socket.AddressFamily:
     """AF_INET or AF_INET6."""
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
@@ -146,7 +146,7 @@ class Conntrack:
 
     def flush_marked(self) -> int:
         """Delete every entry that carries our mark; returns how many."""
-        found: list[tuple[int, bytes]] = []
+        found: list[tuple[socket.AddressFamily, bytes]] = []
         for family in (socket.AF_INET, socket.AF_INET6):
             found += ((family, original) for original in self._marked(family))
         for family, original in found:
@@ -154,7 +154,7 @@ class Conntrack:
             self._acknowledgements(1)
         return len(found)
 
-    def _marked(self, family: int) -> Iterator[bytes]:
+    def _marked(self, family: socket.AddressFamily) -> Iterator[bytes]:
         """The original tuples of our entries, as attributes."""
         mark = attribute(_MARK, struct.pack("!I", MARK)) + attribute(_MARK_MASK, struct.pack("!I", MARK_MASK))
         self._socket.send(_message(_GET, _DUMP, self._next(1), family, mark))

@@ -333,7 +333,8 @@ class Guests:
 
 def _segments(body: bytes) -> list[bytes]:
     """Split the body of a `late` or `home` message. Raises GuestError."""
-    segments, at = [], 0
+    segments: list[bytes] = []
+    at = 0
     while at < len(body) and len(segments) < MAX_SEGMENTS:
         if at + 4 > len(body):
             raise GuestError(Reason.BAD_REQUEST, "late packets: a length is cut short")

@@ -69,8 +69,8 @@ class Injector:
     def __enter__(self) -> Injector:
         self._fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         fcntl.ioctl(self._fd, _TUNSETIFF, struct.pack("16sH22x", DEVICE.encode(), _IFF_TUN_NO_PI))
-        for name, value in (("ipv6/conf/{}/disable_ipv6", "0"), ("ipv6/conf/{}/addr_gen_mode", "1"), ("ipv4/conf/{}/rp_filter", "2")):
-            with contextlib.suppress(FileNotFoundError), open(f"/proc/sys/net/{name.format(DEVICE)}", "w") as file:
+        for key, value in (("ipv6/conf/{}/disable_ipv6", "0"), ("ipv6/conf/{}/addr_gen_mode", "1"), ("ipv4/conf/{}/rp_filter", "2")):
+            with contextlib.suppress(FileNotFoundError), open(f"/proc/sys/net/{key.format(DEVICE)}", "w") as file:
                 file.write(value)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             name = DEVICE.encode()

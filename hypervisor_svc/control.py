@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The service's door for operators: a Unix socket, one JSON object a line each way. Only its owner (root) may open it.
+
+    {"command": "status"}  ->  {"ok": true, "result": {...}}  or  {"ok": false, "error": "...", "hint": "..."}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+log = logging.getLogger("streamlift.control")
+
+Handler = Callable[[dict[str, Any]], dict[str, Any]]
+MAX_LINE = 1 << 16
+CALL_TIMEOUT = 30.0
+
+
+class ControlError(Exception):
+    """The service could not be asked, or said no; `hint` tells what to do."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ControlServer:
+    """Serves `handlers` by command name at `path`; an async context manager."""
+
+    def __init__(self, path: str, handlers: Mapping[str, Handler]) -> None:
+        self._path, self._handlers = path, handlers
+        self._server: asyncio.Server | None = None
+
+    async def __aenter__(self) -> ControlServer:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        before = os.umask(0o177)
+        try:
+            self._server = await asyncio.start_unix_server(self._client, self._path, limit=MAX_LINE)
+        finally:
+            os.umask(before)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                writer.write(json.dumps(self._answer(line)).encode() + b"\n")
+                await writer.drain()
+        except (ConnectionError, ValueError, asyncio.LimitOverrunError):
+            log.debug("a control connection ended early")
+        finally:
+            writer.close()
+
+    def _answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+            handler = self._handlers.get(request["command"])
+            if handler is None:
+                return {"ok": False, "error": f"no command {request['command']!r}", "hint": ", ".join(self._handlers)}
+            return {"ok": True, "result": handler(request)}
+        except (ValueError, KeyError, TypeError) as error:
+            return {"ok": False, "error": str(error), "hint": ""}
+
+
+def call(path: str, command: str, **arguments: Any) -> dict[str, Any]:
+    """Ask the service and return its result. Raises ControlError."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(CALL_TIMEOUT)
+            connection.connect(path)
+            connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            with connection.makefile("rb") as lines:
+                reply: dict[str, Any] = json.loads(lines.readline() or b"{}")
+    except (FileNotFoundError, ConnectionError):
+        raise ControlError(f"the service does not answer at {path}", "start it: systemctl start streamlift") from None
+    except PermissionError:
+        raise ControlError(f"you may not open {path}", "run the command as root") from None
+    except (OSError, ValueError) as error:
+        raise ControlError(f"the service at {path}: {error}") from None
+    if not reply.get("ok"):
+        raise ControlError(str(reply.get("error", "no answer")), str(reply.get("hint", "")))
+    result: dict[str, Any] = reply["result"]
+    return result
