@@ -69,8 +69,11 @@ class Namespaces:
             options += ["--propagation", "private"]
         if "pid" in kinds:
             options += ["--fork", "--kill-child=SIGKILL", "--mount-proc"]
+        # In a pid namespace this shell is the first process: it must reap what daemons leave behind ("wait"), and
+        # the namespaces must not outlive us (--pdeathsig).
+        holder = ("sh", "-c", "echo ready; sleep infinity & wait")
         self._process = subprocess.Popen(
-            ["unshare", *options, "sh", "-c", "echo ready; exec sleep infinity"],
+            ["setpriv", "--pdeathsig", "KILL", "unshare", *options, *holder],
             stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
         )
