@@ -33,6 +33,7 @@ from guest_agent.offload_wire import Reply, agent_path, here
 
 PRIORITIES = ("low", "normal", "high")
 IPPROTO_MPTCP = 262
+_PROTOCOLS: dict[int, str | None] = {0: None, socket.IPPROTO_TCP: None, IPPROTO_MPTCP: "mptcp"}
 
 Target = socket.socket | asyncio.WriteTransport | asyncio.StreamWriter
 
@@ -159,13 +160,11 @@ def _unsuitable(sock: Any, count: int) -> str | None:
     """Why this socket cannot be offloaded, as far as Python knows; the agent looks closer."""
     if not count:
         return "too_small"
+    if isinstance(sock, ssl.SSLSocket):
+        return "upper_layer_protocol"
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
         return "not_tcp"
-    if sock.proto == IPPROTO_MPTCP:
-        return "mptcp"
-    if sock.proto not in (0, socket.IPPROTO_TCP):
-        return "not_tcp"
-    return "upper_layer_protocol" if isinstance(sock, ssl.SSLSocket) else None
+    return _PROTOCOLS.get(sock.proto, "not_tcp")
 
 
 def _unsuitable_transport(transport: asyncio.WriteTransport, sock: Any, count: int) -> str | None:
