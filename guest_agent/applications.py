@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from guest_agent.hand_out import Outcome, Transfer
+from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import HandoffError, NotMovable, Reason
 from guest_agent.share import SharedFile, locate
 from guest_agent.transfers import Transfers
@@ -27,6 +28,8 @@ from guest_agent.transfers import Transfers
 log = logging.getLogger("streamlift.agent")
 
 MAX_REQUEST = 1 << 16
+REPLY_BUFFER = 16 << 20
+"""Bytes of replies that an application may leave unread: tens of thousands."""
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 _PRIORITIES = ("low", "normal", "high")
 _ANCILLARY = socket.CMSG_SPACE(2 * array.array("i").itemsize)
@@ -69,12 +72,13 @@ class Applications:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
         for client in list(self._clients):
-            client.close()
+            client.close(forget=True)
 
     def _accept(self) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionError):
             connection, _ = self._listener.accept()
             connection.setblocking(False)
+            connection.setsockopt(socket.SOL_SOCKET, kernel.SO_SNDBUFFORCE, REPLY_BUFFER)
             pid, uid, gid = struct.unpack("=3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             if not may_ask(uid, gid, self._allowed):
                 log.warning("refused process %d of user %d: not among %s", pid, uid, sorted(self._allowed))
@@ -198,12 +202,13 @@ class _Client:
             log.warning("an application does not take its reply: %s", error)
             self._loop.call_soon(self.close)
 
-    def close(self) -> None:
-        """Idempotent."""
+    def close(self, *, forget: bool = False) -> None:
+        """Idempotent. With `forget` the agent is what goes: the transfers stay out, and the application reclaims them."""
         if self._connection.fileno() >= 0:
             self._loop.remove_reader(self._connection)
             self._connection.close()
-            self._door.gone(self)
+            if not forget:
+                self._door.gone(self)
 
     def _readable(self) -> None:
         try:

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bridged guests: their frames pass the host's bridge and would never reach its IP stack, where the redirect is. For the
-4-tuples that are out, the frame is addressed to the bridge itself, and so climbs up. The host needs an address on the
-bridge. Elements come and go through libnftables, in this process."""
+"""Bridged guests: their frames pass the host's bridge and would never reach its IP stack, where the redirect is. Frames of
+the flows that are out are addressed to the bridge itself, and so climb up. The host needs an address on the bridge.
+
+The answers leave with the bridge's MAC address and the guest's IP address; nobody learns a neighbour from TCP."""
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
+import contextlib
 from types import TracebackType
 from typing import Self
 
 from guest_agent.handoff.errors import HostError, Reason
 from guest_agent.handoff.snapshot import Endpoint
+from hypervisor_svc import flow_set
+from hypervisor_svc.flow_set import FlowSet
 from hypervisor_svc.redirect import Flow, Redirect, delete_table, load_rules
 
 
@@ -20,12 +22,11 @@ def rules(bridges: dict[str, str]) -> str:
     lines = [
         f'meta ibrname "{name}" {match} ether daddr set {mac} meta pkttype set host'
         for name, mac in bridges.items()
-        for match in ("ip saddr . tcp sport . ip daddr . tcp dport @flows4", "ip6 saddr . tcp sport . ip6 daddr . tcp dport @flows6")
+        for match in flow_set.matches()
     ]
     return f"""
 table bridge streamlift {{
-    set flows4 {{ type ipv4_addr . inet_service . ipv4_addr . inet_service; }}
-    set flows6 {{ type ipv6_addr . inet_service . ipv6_addr . inet_service; }}
+{flow_set.declaration()}
     chain prerouting {{
         type filter hook prerouting priority dstnat; policy accept;
         {chr(10).join(lines)}
@@ -38,22 +39,35 @@ class BridgedRedirect:
     """Wraps another redirect. `bridges` maps a bridge's name to the addresses of the VMs on it."""
 
     def __init__(self, inner: Redirect, bridges: dict[str, tuple[str, ...]]) -> None:
-        self._inner, self._bridges = inner, bridges
+        self._inner = inner
         self.mode, self.transparent = inner.mode, inner.transparent
-        self._addresses = frozenset(address for addresses in bridges.values() for address in addresses)
-        self._nft = _Libnftables()
+        self._addresses = {address: name for name, addresses in bridges.items() for address in addresses}
+        self._bridges = {name: Bridge(name) for name in bridges}
+        self._macs: dict[str, str] = {}
+        self._flows = FlowSet(family=flow_set.BRIDGE, table="streamlift")
+        self._out: set[Flow] = set()
 
     def __enter__(self) -> Self:
-        self._inner.__enter__()
-        load_rules("bridge streamlift", rules({name: _mac(name) for name in self._bridges}))
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(self._inner)
+            self._load()
+            undo.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         delete_table("bridge streamlift")
-        self._nft.close()
+        self._flows.close()
+        for bridge in self._bridges.values():
+            bridge.close()
         self._inner.__exit__(kind, error, trace)
+
+    def _load(self) -> None:
+        self._macs = {name: bridge.mac() for name, bridge in self._bridges.items()}
+        load_rules("bridge streamlift", rules(self._macs))
+        for flow in self._out:
+            self._flows.add(flow)
 
     def bind_address(self, flow: Flow) -> Endpoint:
         return self._inner.bind_address(flow)
@@ -63,52 +77,53 @@ class BridgedRedirect:
 
     def redirect(self, flow: Flow, endpoint: Endpoint) -> None:
         self._inner.redirect(flow, endpoint)
-        if flow.server.address in self._addresses:
-            self._nft.run(f"add element bridge streamlift {_element(flow)}")
+        name = self._addresses.get(flow.server.address)
+        if name is None:
+            return
+        self._out.add(flow)
+        if self._bridges[name].mac() == self._macs[name]:
+            self._flows.add(flow)
+        else:  # a bridge without an address of its own takes the lowest of its ports'
+            self._load()
 
     def unredirect(self, flow: Flow, endpoint: Endpoint) -> None:
+        """A bridged flow leaves nothing in the IP stack: its packets do not pass there any more."""
+        if flow.server.address not in self._addresses:
+            self._inner.unredirect(flow, endpoint)
+            return
+        self._lower(flow)
+        if self.transparent:
+            self._inner.unredirect(flow, endpoint)
+        else:
+            self._inner.forget(flow, endpoint)
+
+    def forget(self, flow: Flow, endpoint: Endpoint) -> None:
         if flow.server.address in self._addresses:
-            self._nft.run(f"add element bridge streamlift {_element(flow)}; delete element bridge streamlift {_element(flow)}")
-        self._inner.unredirect(flow, endpoint)
+            self._lower(flow)
+        self._inner.forget(flow, endpoint)
+
+    def _lower(self, flow: Flow) -> None:
+        self._flows.remove(flow)
+        self._out.discard(flow)
 
     def flush(self) -> int:
         return self._inner.flush()
 
 
-def _element(flow: Flow) -> str:
-    name = "flows6" if ":" in flow.client.address else "flows4"
-    client, server = flow.client, flow.server
-    return f"{name} {{ {client.address} . {client.port} . {server.address} . {server.port} }}"
+class Bridge:
+    """A bridge's MAC address, read anew for each flow (2 us): it may change when a port comes or goes."""
 
+    def __init__(self, name: str) -> None:
+        self._name = name
 
-def _mac(bridge: str) -> str:
-    try:
-        with open(f"/sys/class/net/{bridge}/address", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError as error:
-        raise HostError(Reason.REDIRECT_FAILED, f"bridge {bridge}: {error.strerror}", errno=error.errno or 0) from None
-
-
-class _Libnftables:
-    """libnftables(3): the parser and netlink code of nft(8) in this process."""
-
-    def __init__(self) -> None:
-        name = ctypes.util.find_library("nftables")
-        if name is None:
-            raise HostError(Reason.REDIRECT_FAILED, "libnftables is not installed (apt install libnftables1)")
-        self._library = ctypes.CDLL(name)
-        self._library.nft_ctx_new.restype = ctypes.c_void_p
-        self._library.nft_ctx_get_error_buffer.restype = ctypes.c_char_p
-        self._context = ctypes.c_void_p(self._library.nft_ctx_new(0))
-        self._library.nft_ctx_buffer_error(self._context)
-        self._library.nft_ctx_buffer_output(self._context)
-
-    def run(self, command: str) -> None:
-        """Raises OSError with what the library says."""
-        if self._library.nft_run_cmd_from_buffer(self._context, command.encode()):
-            text = self._library.nft_ctx_get_error_buffer(self._context) or b""
-            raise OSError(5, f"nftables: {text.decode(errors='replace').strip()}")
+    def mac(self) -> str:
+        """The address as text. Raises HostError if there is no such bridge."""
+        try:
+            with open(f"/sys/class/net/{self._name}/address", encoding="ascii") as file:
+                return file.read().strip()
+        except OSError as error:
+            text = f"bridge {self._name}: {error.strerror}"
+            raise HostError(Reason.REDIRECT_FAILED, text, errno=error.errno or 0) from None
 
     def close(self) -> None:
-        """Free the context."""
-        self._library.nft_ctx_free(self._context)
+        """Nothing is held."""

@@ -22,6 +22,9 @@ SOCKET_MARK = MARK | 1
 
 _RULES = f"""
 table inet streamlift {{
+    chain nat {{
+        type nat hook postrouting priority srcnat; policy accept; comment "its presence makes the kernel apply mappings"
+    }}
     chain input {{
         type filter hook input priority filter - 10; policy accept;
         ct mark & {MARK_MASK:#x} == {MARK:#x} jump redirected
@@ -71,7 +74,12 @@ class Redirect(Protocol):
         ...
 
     def unredirect(self, flow: Flow, endpoint: Endpoint) -> None:
-        """From now on they go to the guest again. Idempotent."""
+        """From now on they go to the guest again. Does nothing if the flow's packets go elsewhere by now, so it may be
+        called again at any time."""
+        ...
+
+    def forget(self, flow: Flow, endpoint: Endpoint) -> None:
+        """As `unredirect`, for a connection that is over: no trace of it stays."""
         ...
 
     def flush(self) -> int:
@@ -108,7 +116,7 @@ def address_towards(address: str) -> str:
 
 class NatRedirect:
     """One conntrack entry a flow. Many restored sockets share a local port, since only the 4-tuple must be unique; the
-    pool is there for clients that use one port towards several VMs."""
+    pool is there for clients that use one port towards several VMs, and for sockets that are not quite gone yet."""
 
     mode = "nat"
     transparent = False
@@ -116,10 +124,12 @@ class NatRedirect:
     def __init__(
         self, *, ports: tuple[int, int] = (61000, 61063), address4: str | None = None, address6: str | None = None
     ) -> None:
-        self._ports = ports
+        self._ports = range(ports[0], ports[1] + 1)
+        self._next = 0
         self._fixed = {socket.AF_INET: address4, socket.AF_INET6: address6}
         self._addresses: dict[str, str] = {}
-        self._used: dict[tuple[Endpoint, Endpoint], Flow] = {}
+        self._reserved: dict[tuple[Endpoint, Endpoint], Flow] = {}
+        self._redirected: dict[Flow, Endpoint] = {}
         self._conntrack = Conntrack()
 
     def __enter__(self) -> Self:
@@ -134,12 +144,15 @@ class NatRedirect:
         self._conntrack.close()
 
     def bind_address(self, flow: Flow) -> Endpoint:
+        """The ports are taken in turn, so that a socket that is still being closed is rarely in the way of the next."""
         address = self._address(flow.server.address)
-        for port in range(self._ports[0], self._ports[1] + 1):
-            endpoint = Endpoint(address, port)
-            if self._used.setdefault((endpoint, flow.client), flow) is flow:
+        for _ in self._ports:
+            self._next = (self._next + 1) % len(self._ports)
+            endpoint = Endpoint(address, self._ports[self._next])
+            if (endpoint, flow.client) not in self._reserved:
+                self._reserved[(endpoint, flow.client)] = flow
                 return endpoint
-        raise HostError(Reason.TABLE_FULL, f"all {self._ports[1] - self._ports[0] + 1} ports towards {flow.client} are used")
+        raise HostError(Reason.TABLE_FULL, f"all {len(self._ports)} ports towards {flow.client} are in use")
 
     def _address(self, server: str) -> str:
         address = self._addresses.get(server)
@@ -148,18 +161,32 @@ class NatRedirect:
         return address
 
     def release(self, flow: Flow, endpoint: Endpoint) -> None:
-        if self._used.get((endpoint, flow.client)) is flow:
-            del self._used[(endpoint, flow.client)]
+        """Called when a restore failed: perhaps the host's address has changed, so it is looked up anew."""
+        self._addresses.pop(flow.server.address, None)
+        self._free(flow, endpoint)
+
+    def _free(self, flow: Flow, endpoint: Endpoint) -> None:
+        if self._reserved.get((endpoint, flow.client)) == flow:
+            del self._reserved[(endpoint, flow.client)]
 
     def redirect(self, flow: Flow, endpoint: Endpoint) -> None:
+        if self._reserved.setdefault((endpoint, flow.client), flow) != flow:
+            raise HostError(Reason.REDIRECT_FAILED, f"{endpoint} serves another flow of {flow.client} by now")
         self._conntrack.replace(flow.client, flow.server, endpoint)
-        self._used[(endpoint, flow.client)] = flow
+        self._redirected[flow] = endpoint
 
     def unredirect(self, flow: Flow, endpoint: Endpoint) -> None:
         """The flow gets a plain, liberal entry at once, so that a stateful firewall does not find it invalid."""
-        if self._used.get((endpoint, flow.client)) is flow:
+        self._free(flow, endpoint)
+        if self._redirected.get(flow) == endpoint:
             self._conntrack.replace(flow.client, flow.server, None)
-            self.release(flow, endpoint)
+            del self._redirected[flow]
+
+    def forget(self, flow: Flow, endpoint: Endpoint) -> None:
+        self._free(flow, endpoint)
+        if self._redirected.get(flow) == endpoint:
+            self._conntrack.delete(flow.client, flow.server)
+            del self._redirected[flow]
 
     def flush(self) -> int:
         return self._conntrack.flush_marked()

@@ -180,8 +180,11 @@ def attach(sock: socket.socket, hold: Hold | None) -> None:
 
 
 def detach(sock: socket.socket) -> None:
-    """Let the socket take packets again."""
-    sock.setsockopt(socket.SOL_SOCKET, kernel.SO_DETACH_FILTER, 0)
+    """Let the socket take packets again; one that was never frozen is left alone."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, kernel.SO_DETACH_FILTER, 0)
+    except FileNotFoundError:
+        return
 
 
 # struct sock_fprog of one instruction `ret 0`; both buffers live as long as the module.

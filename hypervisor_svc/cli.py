@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`streamlift`: the host's command line. Tables for people, `--json` for programs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hypervisor_svc import __version__, control, tables
+from hypervisor_svc.config import Config, ConfigError, document, load
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+image_app = typer.Typer(no_args_is_help=True, help="Guest images.")
+app.add_typer(image_app, name="image")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+ShareFolder = Annotated[Path, typer.Option("--share", help="Host folder that the VM and the service serve from.")]
+
+
+class _State:
+    config_path: str | None = None
+
+
+def fail(message: str, hint: str = "") -> typer.Exit:
+    """Say what is wrong and what to do; the exit to raise."""
+    typer.echo(f"streamlift: {message}", err=True)
+    if hint:
+        typer.echo(f"  {hint}", err=True)
+    return typer.Exit(1)
+
+
+def _config() -> Config:
+    try:
+        return load(_State.config_path)
+    except ConfigError as error:
+        raise fail(str(error)) from None
+
+
+def _ask(command: str, **arguments: Any) -> dict[str, Any]:
+    try:
+        return control.call(os.path.join(_config().service.runtime_dir, "control.sock"), command, **arguments)
+    except control.ControlError as error:
+        raise fail(str(error), error.hint) from None
+
+
+@contextlib.contextmanager
+def _libvirt() -> Iterator[Any]:
+    import libvirt
+
+    from hypervisor_svc.attach import MachineError
+    from vm_images.command import BuildError
+
+    libvirt.registerErrorHandler(lambda *_: None, None)
+    uri = _config().libvirt.uri
+    try:
+        connection = libvirt.open(uri)
+    except libvirt.libvirtError as error:
+        raise fail(f"libvirt at {uri}: {error}", "is libvirtd running? systemctl start libvirtd") from None
+    try:
+        yield connection
+    except MachineError as error:
+        raise fail(str(error), error.hint) from None
+    except (BuildError, OSError, libvirt.libvirtError) as error:
+        raise fail(str(error)) from None
+    finally:
+        connection.close()
+
+
+@app.callback()
+def _options(
+    config: Annotated[str | None, typer.Option(help="Configuration file (TOML).", metavar="FILE")] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Serve VMs' client connections from the hypervisor."""
+    _State.config_path = config
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def serve() -> None:
+    """Run the service in the foreground (systemd runs this)."""
+    from hypervisor_svc import service
+
+    if os.geteuid() != 0:
+        raise fail("the service moves sockets and needs root", "run it with sudo, or through systemd")
+    raise typer.Exit(service.run(_config()))
+
+
+@app.command()
+def status(as_json: AsJson = False) -> None:
+    """Service, VMs and what became of their connections."""
+    result = _ask("status")
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        tables.show_status(result)
+
+
+@app.command()
+def connections(as_json: AsJson = False) -> None:
+    """Connections that the host has now."""
+    rows = _ask("connections")["connections"]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        tables.show_connections(rows)
+
+
+@app.command("hand-back")
+def hand_back(
+    domain: Annotated[str, typer.Argument(help="Name of the VM.")],
+    token: Annotated[str | None, typer.Argument(help="One transfer (see `connections`).")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All connections of the VM.")] = False,
+) -> None:
+    """Send connections home at once; the guest's server sends the rest itself."""
+    if (token is None) == (not everything):
+        raise fail("say which: a token, or --all", f"streamlift hand-back --all {domain}")
+    result = _ask("hand_back", machine=domain, token=token)
+    typer.echo(f"{result['handed_back']} connections are on their way home")
+
+
+@app.command()
+def deploy(
+    name: Annotated[str, typer.Argument(help="Name of the new VM.")],
+    share: ShareFolder,
+    address: Annotated[str, typer.Option(help="IPv4 address and prefix length.")] = "10.78.0.2/24",
+    address6: Annotated[str, typer.Option(help="IPv6 address and prefix length.")] = "fd78::2/64",
+    memory: Annotated[int, typer.Option(help="MiB.")] = 512,
+    vcpus: Annotated[int, typer.Option(help="Virtual processors.")] = 2,
+    kernel: Annotated[str, typer.Option(help="Kernel series of the guest: 6.1 or 6.12.")] = "6.1",
+    accelerator: Annotated[str, typer.Option(help="auto, kvm or tcg; auto tries whether KVM works.")] = "auto",
+    mode: Annotated[str, typer.Option(help="routed or bridged.")] = "routed",
+    bridge: Annotated[str, typer.Option(help="The host's bridge.")] = "streamlift0",
+) -> None:
+    """Build the image if needed, make a streaming VM and start it."""
+    from hypervisor_svc.deploy import Deployment
+    from hypervisor_svc.deploy import deploy as make
+    from vm_images.build import build
+
+    for value, allowed in ((accelerator, ("auto", "kvm", "tcg")), (mode, ("routed", "bridged")), (kernel, ("6.1", "6.12"))):
+        if value not in allowed:
+            raise fail(f"{value!r} is none of {', '.join(allowed)}")
+    with _libvirt() as connection:
+        image = build(kernel, progress=lambda line: typer.echo(line, err=True))
+        wanted = Deployment(
+            name=name,
+            image=image,
+            share_directory=share.resolve(),
+            address4=address or None,
+            address6=address6 or None,
+            memory_mib=memory,
+            vcpus=vcpus,
+            accelerator=accelerator,  # type: ignore[arg-type]
+            mode=mode,  # type: ignore[arg-type]
+            bridge=bridge,
+        )
+        made = make(connection, wanted)
+    typer.echo(f"{made.name} runs ({made.accelerator}) at {', '.join(made.addresses)}; console: {made.console_log}")
+
+
+@app.command()
+def undeploy(name: Annotated[str, typer.Argument(help="A VM that `deploy` made.")]) -> None:
+    """Stop and remove a VM and all that `deploy` made for it."""
+    from hypervisor_svc.deploy import undeploy as remove
+
+    with _libvirt() as connection:
+        remove(connection, name)
+    typer.echo(f"{name} is gone")
+
+
+@app.command()
+def attach(
+    domain: Annotated[str, typer.Argument(help="A VM that libvirt knows.")],
+    share: ShareFolder,
+    address: Annotated[list[str], typer.Option(help="An address of the VM; may be repeated.")],
+) -> None:
+    """Give an existing VM the channel and the share."""
+    from hypervisor_svc.attach import attach as change
+
+    with _libvirt() as connection:
+        made = change(connection, domain, share_directory=share.resolve(), addresses=address)
+    typer.echo(made.message)
+
+
+@app.command("config")
+def show_config() -> None:
+    """Print a configuration file with every key, its meaning and its default."""
+    typer.echo(document(), nl=False)
+
+
+@image_app.command("build")
+def image_build(
+    kernel: Annotated[str, typer.Option(help="Kernel series: 6.1 or 6.12.")] = "6.1", as_json: AsJson = False
+) -> None:
+    """Build the guest image (kept in the cache, keyed by its content)."""
+    from vm_images.build import build
+    from vm_images.command import BuildError
+
+    try:
+        image = build(kernel, progress=lambda line: typer.echo(line, err=True))
+    except (BuildError, OSError) as error:
+        raise fail(str(error)) from None
+    facts = {"root": str(image.root), "kernel": str(image.kernel), "initrd": str(image.initrd), "version": image.version}
+    typer.echo(json.dumps(facts) if as_json else "\n".join(f"{key:8}{value}" for key, value in facts.items()))
+
+
+def main() -> None:
+    """Entry point of `streamlift`."""
+    app(prog_name="streamlift", args=sys.argv[1:])

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people read: tables of machines and connections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, console: Console | None = None) -> None:
+    """Print one table."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    (console or Console()).print(table)
+
+
+def size(count: float) -> str:
+    """Bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def show_status(status: dict[str, Any]) -> None:
+    """The service in one screen."""
+    backend = status["backend"]
+    freeze = "nothing is lost while a socket is frozen" if status["lossless_freeze"] else "packets are lost while frozen"
+    print(f"streamlift {status['version']}, process {status['pid']}, up {status['uptime_seconds']:.0f} s")
+    print(f"backend {backend['name']} ({backend['why']}); redirect {status['redirect']}; {freeze}")
+    rows = [
+        (
+            machine["name"],
+            machine["channel"],
+            machine["agent_version"] or "-",
+            ", ".join(machine["addresses"]),
+            machine["connections_out"],
+            machine["handed_out"],
+            machine["handed_back"],
+            machine["failed"] + machine["ended"],
+            ", ".join(f"{reason} {count}" for reason, count in machine["refused"].items()) or "-",
+            size(machine["bytes_sent"]),
+        )
+        for machine in status["machines"]
+    ]
+    show("machines", ("VM", "channel", "agent", "addresses", "out now", "out", "home", "ended", "refused", "sent"), rows)
+    steps = [(step, s["samples"], s["p50_us"], s["p99_us"]) for step, s in status["durations"].items()]
+    if steps:
+        show("steps", ("step", "samples", "p50, us", "p99, us"), steps)
+
+
+def show_connections(connections: Sequence[dict[str, Any]]) -> None:
+    """What is out now."""
+    rows = [
+        (c["machine"], c["client"], c["server"], c["state"], c["file"], f"{size(c['sent'])} of {size(c['count'])}", c["token"])
+        for c in connections
+    ]
+    show("connections", ("VM", "client", "server", "state", "file", "sent", "token"), rows)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product on a `Network`: the service in the host's namespace, agent and media server in the guest's, each a process
+of its own. A Unix socket stands where QEMU's chardev would be."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hypervisor_svc import control
+from tests.namespaces.topology import Namespace, Network
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 15.0
+
+
+def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
+    """Poll until `condition` is true; its value. Raises TimeoutError."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise TimeoutError(f"{what}: not within {patience} s")
+
+
+@dataclass
+class Process:
+    """One program of the deployment."""
+
+    where: Namespace
+    argv: list[str]
+    log: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    popen: subprocess.Popen[bytes] | None = None
+
+    def start(self, **faults: str) -> None:
+        """Start it; `faults` become environment variables of this life only."""
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **self.environment, **faults}
+        with self.log.open("ab") as log:
+            self.popen = self.where.popen(self.argv, env=environment, stdout=log, stderr=log, cwd=str(ROOT))
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """End it and wait."""
+        if self.popen is None:
+            return
+        if self.popen.poll() is None:
+            self.popen.send_signal(number)
+        try:
+            self.popen.wait(10)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+        self.popen = None
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.stop(signal.SIGKILL)
+
+
+@dataclass
+class Deployment:
+    """What runs, and how to ask it."""
+
+    network: Network
+    folder: Path
+    share: Path
+    service: Process
+    agent: Process
+    server: Process
+    port: int = 80
+
+    def call(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Ask the service."""
+        return control.call(str(self.folder / "control.sock"), command, **arguments)
+
+    def status(self) -> dict[str, Any]:
+        """The service's status."""
+        return self.call("status")
+
+    def machine(self) -> dict[str, Any]:
+        """The status of the one VM."""
+        found: dict[str, Any] = self.status()["machines"][0]
+        return found
+
+    def wait_ready(self) -> None:
+        """Until the agent's hello has arrived and the media server answers."""
+        wait_for(self._hello, "the agent's hello")
+        wait_for(self._answers, "the media server")
+
+    def _hello(self) -> bool:
+        try:
+            return bool(self.machine()["channel"] == "hello")
+        except control.ControlError:
+            return False
+
+    def _answers(self) -> bool:
+        try:
+            return bool(self.counters())
+        except (RuntimeError, ValueError):
+            return False
+
+    def counters(self) -> dict[str, Any]:
+        """The media server's own counters."""
+        address = self.network.guest_address[4]
+        text = self.network.client.run("curl", "-sf", "--max-time", "5", f"http://{address}:{self.port}/.streamlift")
+        counters: dict[str, Any] = json.loads(text)
+        return counters
+
+    def load(self, *, requests: int, connections: int, family: int = 4, seed: int = 1, timeout: float = 280) -> dict[str, Any]:
+        """Run `tests.client` in the client's namespace; its report."""
+        address = self.network.guest_address[family]
+        argv = ["ip", "netns", "exec", self.network.client.name, sys.executable, "-m", "tests.client"]
+        argv += ["--server", f"[{address}]:{self.port}" if family == 6 else f"{address}:{self.port}"]
+        argv += ["--root", str(self.share), "--requests", str(requests), "--connections", str(connections)]
+        done = subprocess.run(
+            [*argv, "--seed", str(seed)], capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False
+        )
+        if not done.stdout:
+            raise RuntimeError(done.stderr[-2000:])
+        report: dict[str, Any] = json.loads(done.stdout)
+        return report
+
+
+def _config(network: Network, folder: Path, share: Path, extra: str, mode: str) -> str:
+    addresses = json.dumps(list(network.guest_address.values()))
+    bridge = f'bridge = "{network.bridge}"' if network.bridge else ""
+    return f"""
+[service]
+runtime_dir = "{folder}"
+[redirect]
+mode = "{mode}"
+[libvirt]
+enabled = false
+[[vm]]
+name = "guest"
+channel = "{folder}/port.sock"
+share = "{share}"
+addresses = {addresses}
+{bridge}
+{extra}
+"""
+
+
+@contextlib.contextmanager
+def deployed(
+    network: Network, folder: Path, share: Path, *, mode: str = "nat", extra: str = "", offload: bool = True
+) -> Iterator[Deployment]:
+    """Everything up and ready; torn down in the end."""
+    config = folder / "streamlift.toml"
+    config.write_text(_config(network, folder, share, extra, mode))
+    python, socket_path = sys.executable, str(folder / "agent.sock")
+    service = Process(network.host, [python, "-m", "hypervisor_svc", "--config", str(config), "serve"], folder / "service.log")
+    agent_argv = [python, "-m", "guest_agent", "--port", f"unix:{folder}/port.sock", "--socket", socket_path]
+    agent = Process(network.guest, [*agent_argv, "--share", str(share), "--allow", "*"], folder / "agent.log")
+    server_argv = [python, "-m", "guest_agent.examples.media_server", "--root", str(share), "--port", "80"]
+    server_argv += [] if offload else ["--no-offload"]
+    server = Process(network.guest, server_argv, folder / "server.log", {"STREAMLIFT_AGENT": socket_path})
+    deployment = Deployment(network, folder, share, service, agent, server)
+    try:
+        for process in (agent, service, server):
+            process.start()
+        deployment.wait_ready()
+        yield deployment
+    finally:
+        for process in (server, service, agent):
+            process.stop()
