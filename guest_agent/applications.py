@@ -137,7 +137,7 @@ class Applications:
         token, number = request["token"], request["id"]
         if not _TOKEN.fullmatch(token):
             raise ValueError("token is not 32 hexadecimal digits")
-        transfer = Transfer(
+        return Transfer(
             token=token,
             sock=_socket_of(fds),
             file=file,
@@ -146,7 +146,6 @@ class Applications:
             priority=request.get("priority", "normal"),
             reply=lambda outcome: client.answer(number, outcome, token),
         )
-        return transfer
 
     def gone(self, client: _Client) -> None:
         """A connection ended; so do its transfers."""

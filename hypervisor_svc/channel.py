@@ -96,9 +96,8 @@ class Channel:
         if self._stream is None:
             return
         silent = self._loop.time() - self._heard
-        if self._session.stalled() and silent >= STALL_LIMIT:
-            self._restart_session()
-        elif self.state == "hello" and silent > SILENCE_LIMIT:
+        stalled = self._session.stalled() and silent >= STALL_LIMIT
+        if stalled or (self.state == "hello" and silent > SILENCE_LIMIT):
             self._restart_session()
         elif self.state == "hello":
             self._session.send({"type": "ping"})

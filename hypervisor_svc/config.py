@@ -37,8 +37,8 @@ class Service(_Section):
 class RedirectSection(_Section):
     """How packets of a connection that is out reach the host."""
 
-    mode: Literal["nat", "transparent"] = Field(default="nat", description="NAT through conntrack, or sockets bound to the guest's address.")
-    port_range: tuple[int, int] = Field(default=(61000, 61063), description="Local ports of restored sockets (nat), first and last.")
+    mode: Literal["nat", "transparent"] = Field(default="nat", description="NAT, or sockets with the guest's address.")
+    port_range: tuple[int, int] = Field(default=(61000, 61063), description="Ports of restored sockets (nat), first and last.")
     address4: str | None = Field(default=None, description="Host's IPv4 address for NAT; default: the one towards the VM.")
     address6: str | None = Field(default=None, description="Host's IPv6 address for NAT; default: the one towards the VM.")
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import socket
@@ -130,8 +131,6 @@ class ProtocolAgent:
     def _end(self, connection: socket.socket) -> None:
         if connection in self._open:
             self._open.discard(connection)
-            try:
+            with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             connection.close()

@@ -169,7 +169,7 @@ def test_in_place_keeps_descriptor_duplicates_and_epoll(
 
 
 def test_options_travel(pair: tuple[socket.socket, socket.socket], keep: Hold) -> None:
-    server, client = pair
+    server, _ = pair
     wanted = [
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
