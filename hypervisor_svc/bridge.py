@@ -7,6 +7,9 @@ The answers leave with the bridge's MAC address and the guest's IP address; nobo
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import socket
+import struct
 from types import TracebackType
 from typing import Self
 
@@ -17,16 +20,21 @@ from hypervisor_svc.flow_set import FlowSet
 from hypervisor_svc.redirect import Flow, Redirect, delete_table, load_rules
 
 
-def rules(bridges: dict[str, str]) -> str:
-    """The bridge-family table for `bridges`: name -> MAC address."""
+_SIOCGIFHWADDR = 0x8927
+
+
+def rules(macs: list[str]) -> str:
+    """The bridge-family table for bridges with these MAC addresses. Each has sets of its own, since not every kernel can
+    match the bridge's name (nft_meta_bridge)."""
+    sets = "".join(flow_set.declaration(f"flows_{number}_") + "\n" for number in range(len(macs)))
     lines = [
-        f'meta ibrname "{name}" {match} ether daddr set {mac} meta pkttype set host'
-        for name, mac in bridges.items()
-        for match in flow_set.matches()
+        f"{match} ether daddr set {mac} meta pkttype set host"
+        for number, mac in enumerate(macs)
+        for match in flow_set.matches(f"flows_{number}_")
     ]
     return f"""
 table bridge streamlift {{
-{flow_set.declaration()}
+{sets}
     chain prerouting {{
         type filter hook prerouting priority dstnat; policy accept;
         {chr(10).join(lines)}
@@ -42,13 +50,16 @@ class BridgedRedirect:
         self._inner = inner
         self.mode, self.transparent = inner.mode, inner.transparent
         self._addresses = {address: name for name, addresses in bridges.items() for address in addresses}
-        self._bridges = {name: Bridge(name) for name in bridges}
         self._macs: dict[str, str] = {}
-        self._flows = FlowSet(family=flow_set.BRIDGE, table="streamlift")
-        self._out: set[Flow] = set()
+        self._control = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._flows = {
+            name: FlowSet(f"flows_{number}_", family=flow_set.BRIDGE) for number, name in enumerate(bridges)
+        }
+        self._out: dict[Flow, Endpoint] = {}
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
+            undo.callback(self._close)
             undo.enter_context(self._inner)
             self._load()
             undo.pop_all()
@@ -57,17 +68,22 @@ class BridgedRedirect:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        delete_table("bridge streamlift")
-        self._flows.close()
-        for bridge in self._bridges.values():
-            bridge.close()
-        self._inner.__exit__(kind, error, trace)
+        try:
+            delete_table("bridge streamlift")
+        finally:
+            self._close()
+            self._inner.__exit__(kind, error, trace)
+
+    def _close(self) -> None:
+        for flows in self._flows.values():
+            flows.close()
+        self._control.close()
 
     def _load(self) -> None:
-        self._macs = {name: bridge.mac() for name, bridge in self._bridges.items()}
-        load_rules("bridge streamlift", rules(self._macs))
+        self._macs = {name: self._mac(name) for name in self._flows}
+        load_rules("bridge streamlift", rules(list(self._macs.values())))
         for flow in self._out:
-            self._flows.add(flow)
+            self._flows[self._addresses[flow.server.address]].add(flow)
 
     def bind_address(self, flow: Flow) -> Endpoint:
         return self._inner.bind_address(flow)
@@ -77,53 +93,42 @@ class BridgedRedirect:
 
     def redirect(self, flow: Flow, endpoint: Endpoint) -> None:
         self._inner.redirect(flow, endpoint)
-        name = self._addresses.get(flow.server.address)
-        if name is None:
+        bridge = self._addresses.get(flow.server.address)
+        if bridge is None:
             return
-        self._out.add(flow)
-        if self._bridges[name].mac() == self._macs[name]:
-            self._flows.add(flow)
+        self._out[flow] = endpoint
+        if self._mac(bridge) == self._macs[bridge]:
+            self._flows[bridge].add(flow)
         else:  # a bridge without an address of its own takes the lowest of its ports'
             self._load()
 
     def unredirect(self, flow: Flow, endpoint: Endpoint) -> None:
-        """A bridged flow leaves nothing in the IP stack: its packets do not pass there any more."""
-        if flow.server.address not in self._addresses:
-            self._inner.unredirect(flow, endpoint)
-            return
-        self._lower(flow)
-        if self.transparent:
-            self._inner.unredirect(flow, endpoint)
-        else:
+        """A bridged flow leaves no NAT entry behind: its packets do not pass the IP stack any more."""
+        if self._lower(flow, endpoint) and not self.transparent:
             self._inner.forget(flow, endpoint)
+        else:
+            self._inner.unredirect(flow, endpoint)
 
     def forget(self, flow: Flow, endpoint: Endpoint) -> None:
-        if flow.server.address in self._addresses:
-            self._lower(flow)
+        self._lower(flow, endpoint)
         self._inner.forget(flow, endpoint)
 
-    def _lower(self, flow: Flow) -> None:
-        self._flows.remove(flow)
-        self._out.discard(flow)
+    def _lower(self, flow: Flow, endpoint: Endpoint) -> bool:
+        """Let the frames pass again, if they climb for this endpoint; whether they did."""
+        if self._out.get(flow) is not endpoint:
+            return False
+        self._flows[self._addresses[flow.server.address]].remove(flow)
+        del self._out[flow]
+        return True
 
     def flush(self) -> int:
         return self._inner.flush()
 
-
-class Bridge:
-    """A bridge's MAC address, read anew for each flow (2 us): it may change when a port comes or goes."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def mac(self) -> str:
-        """The address as text. Raises HostError if there is no such bridge."""
+    def _mac(self, bridge: str) -> str:
+        """The bridge's MAC address. It is asked for each flow (2 us), since it may change when a port comes or goes."""
+        request = struct.pack("16s24x", bridge.encode())
         try:
-            with open(f"/sys/class/net/{self._name}/address", encoding="ascii") as file:
-                return file.read().strip()
+            return fcntl.ioctl(self._control, _SIOCGIFHWADDR, request)[18:24].hex(":")
         except OSError as error:
-            text = f"bridge {self._name}: {error.strerror}"
+            text = f"bridge {bridge}: {error.strerror}"
             raise HostError(Reason.REDIRECT_FAILED, text, errno=error.errno or 0) from None
-
-    def close(self) -> None:
-        """Nothing is held."""

@@ -25,30 +25,29 @@ _BATCH_BEGIN, _BATCH_END, _NFTABLES = 0x10, 0x11, 10
 _TABLE, _SET, _ELEMENTS, _ELEMENT, _KEY, _VALUE = 1, 2, 3, 1, 1, 1
 
 
-def declaration(flags: str = "") -> str:
-    """The two sets, for a table's text: `flows4` and `flows6`."""
+def declaration(name: str, flags: str = "") -> str:
+    """The two sets, for a table's text: `name` and the version of IP."""
     return "\n".join(
-        f"    set flows{version} {{ type {kind} . inet_service . {kind} . inet_service; {flags} }}"
+        f"    set {name}{version} {{ type {kind} . inet_service . {kind} . inet_service; {flags} }}"
         for version, kind in ((4, "ipv4_addr"), (6, "ipv6_addr"))
     )
 
 
-def matches() -> tuple[str, str]:
+def matches(name: str) -> tuple[str, str]:
     """The matches of a rule against the two sets."""
     return (
-        "ip saddr . tcp sport . ip daddr . tcp dport @flows4",
-        "ip6 saddr . tcp sport . ip6 daddr . tcp dport @flows6",
+        f"ip saddr . tcp sport . ip daddr . tcp dport @{name}4",
+        f"ip6 saddr . tcp sport . ip6 daddr . tcp dport @{name}6",
     )
 
 
-def encode(flow: Flow, kind: int, *, family: int, table: str, sequence: int) -> bytes:
+def encode(flow: Flow, kind: int, *, family: int, name: str, sequence: int) -> bytes:
     """A batch of one message. All three carry the sequence number: whichever fails is the answer."""
     first, second = packed(flow.client.address), packed(flow.server.address)
     ports = [endpoint.port.to_bytes(2, "big") + bytes(2) for endpoint in (flow.client, flow.server)]
-    name = b"flows4\0" if len(first) == 4 else b"flows6\0"
     body = (
-        attribute(_TABLE, table.encode() + b"\0")
-        + attribute(_SET, name)
+        attribute(_TABLE, b"streamlift\0")
+        + attribute(_SET, f"{name}{4 if len(first) == 4 else 6}\0".encode())
         + nest(_ELEMENTS, nest(_ELEMENT, nest(_KEY, attribute(_VALUE, first + ports[0] + second + ports[1]))))
     )
     flags = netlink.ACK | (netlink.CREATE if kind == _NEW_ELEMENT else 0)
@@ -60,10 +59,10 @@ def encode(flow: Flow, kind: int, *, family: int, table: str, sequence: int) -> 
 
 
 class FlowSet:
-    """The sets of one table. Methods raise OSError; both are idempotent."""
+    """The sets `name` of our table of a family. Methods raise OSError; both are idempotent."""
 
-    def __init__(self, *, family: int, table: str) -> None:
-        self._family, self._table = family, table
+    def __init__(self, name: str, *, family: int) -> None:
+        self._name, self._family = name, family
         self._netlink = Netlink()
 
     def close(self) -> None:
@@ -80,6 +79,6 @@ class FlowSet:
 
     def _send(self, flow: Flow, kind: int, *, fine: tuple[int, ...]) -> None:
         sequence = self._netlink.next()
-        batch = encode(flow, kind, family=self._family, table=self._table, sequence=sequence)
+        batch = encode(flow, kind, family=self._family, name=self._name, sequence=sequence)
         (result,) = self._netlink.transact(batch, sequence)
         netlink.check(result, "nftables element", fine=fine)

@@ -50,7 +50,9 @@ class Flow:
 
 
 class Redirect(Protocol):
-    """One way of bringing a flow's packets to the host. Calls take microseconds; OSError carries the kernel's errno."""
+    """One way of bringing a flow's packets to the host. Calls take microseconds; OSError carries the kernel's errno.
+
+    The endpoint that `bind_address` returned *is* the reservation: pass the same object on, not an equal one."""
 
     mode: str
     transparent: bool
@@ -133,15 +135,20 @@ class NatRedirect:
         self._conntrack = Conntrack()
 
     def __enter__(self) -> Self:
-        load_rules("inet streamlift", _RULES)
+        try:
+            load_rules("inet streamlift", _RULES)
+        except HostError:
+            self._conntrack.close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.flush()
-        delete_table("inet streamlift")
+        """Entries of connections that were closed here and neither sent home nor forgotten stay: the kernel still delivers
+        what is in their queues, with the guest's address. They expire with the connection."""
         self._conntrack.close()
+        delete_table("inet streamlift")
 
     def bind_address(self, flow: Flow) -> Endpoint:
         """The ports are taken in turn, so that a socket that is still being closed is rarely in the way of the next."""
@@ -178,13 +185,13 @@ class NatRedirect:
     def unredirect(self, flow: Flow, endpoint: Endpoint) -> None:
         """The flow gets a plain, liberal entry at once, so that a stateful firewall does not find it invalid."""
         self._free(flow, endpoint)
-        if self._redirected.get(flow) == endpoint:
+        if self._redirected.get(flow) is endpoint:
             self._conntrack.replace(flow.client, flow.server, None)
             del self._redirected[flow]
 
     def forget(self, flow: Flow, endpoint: Endpoint) -> None:
         self._free(flow, endpoint)
-        if self._redirected.get(flow) == endpoint:
+        if self._redirected.get(flow) is endpoint:
             self._conntrack.delete(flow.client, flow.server)
             del self._redirected[flow]
 

@@ -7,7 +7,9 @@ not ours, so that its packets pass. Sockets of other programs are left alone: ou
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
@@ -26,17 +28,18 @@ PRIORITY = 90
 """Of the policy rule: after `local`, before anything that an administrator is likely to add."""
 
 _HOME_SECONDS = 60
+_EARLY_DEMUX = "/proc/sys/net/ipv4/tcp_early_demux"
 
 _RULES = f"""
 table inet streamlift {{
-{flow_set.declaration(f"flags timeout; timeout {_HOME_SECONDS}s;")}
+{flow_set.declaration("home", f"flags timeout; timeout {_HOME_SECONDS}s;")}
     chain prerouting {{
         type filter hook prerouting priority mangle; policy accept;
         meta l4proto tcp socket transparent 1 socket mark {SOCKET_MARK:#x} jump ours
     }}
     chain ours {{
-        {flow_set.matches()[0]} return
-        {flow_set.matches()[1]} return
+        {flow_set.matches("home")[0]} return
+        {flow_set.matches("home")[1]} return
         meta mark set {PACKET_MARK:#x}
     }}
     chain input {{
@@ -56,26 +59,30 @@ class TransparentRedirect:
     transparent = True
 
     def __init__(self) -> None:
-        self._home = FlowSet(family=flow_set.INET, table="streamlift")
+        self._home = FlowSet("home", family=flow_set.INET)
+        self._here: dict[Flow, Endpoint] = {}
+        self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        load_rules("inet streamlift", _RULES)
-        for family in ("-4", "-6"):
-            _unroute(family)
-            _ip(family, "route", "replace", "local", "default", "dev", "lo", "table", str(TABLE))
-            _ip(family, "rule", "add", "priority", str(PRIORITY), "fwmark", hex(PACKET_MARK), "lookup", str(TABLE))
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._home.close)
+            load_rules("inet streamlift", _RULES)
+            undo.callback(delete_table, "inet streamlift")
+            for family in ("-4", "-6"):
+                undo.callback(_unroute, family)
+                _route(family)
+            undo.enter_context(_no_early_demux())
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for family in ("-4", "-6"):
-            _unroute(family)
-        delete_table("inet streamlift")
-        self._home.close()
+        self._undo.close()
 
     def bind_address(self, flow: Flow) -> Endpoint:
-        return flow.server
+        """The guest's own, as a new object: it tells this reservation from an earlier one of the same flow."""
+        return Endpoint(*flow.server)
 
     def release(self, flow: Flow, endpoint: Endpoint) -> None:
         """Nothing was reserved."""
@@ -83,17 +90,43 @@ class TransparentRedirect:
     def redirect(self, flow: Flow, endpoint: Endpoint) -> None:
         """The restored socket is the redirect, unless its flow has just gone home."""
         self._home.remove(flow)
+        self._here[flow] = endpoint
 
     def unredirect(self, flow: Flow, endpoint: Endpoint) -> None:
         """Pass the packets on, although the frozen socket is still here. The element goes away by itself."""
-        self._home.add(flow)
+        if self._here.get(flow) is endpoint:
+            self._home.add(flow)
+            del self._here[flow]
 
     def forget(self, flow: Flow, endpoint: Endpoint) -> None:
         """The redirect went with the socket."""
+        if self._here.get(flow) is endpoint:
+            del self._here[flow]
 
     def flush(self) -> int:
         """The rules were replaced at the start; nothing else can be left."""
         return 0
+
+
+@contextlib.contextmanager
+def _no_early_demux() -> Iterator[None]:
+    """The kernel looks for a packet's socket before it looks for its route (tcp_v4_early_demux), and would find our frozen
+    one even though the packet's way leads home. The setting is for IPv6 too."""
+    with open(_EARLY_DEMUX, "r+", encoding="ascii") as file:
+        before = file.read()
+        file.seek(0)
+        file.write("0")
+    try:
+        yield
+    finally:
+        with open(_EARLY_DEMUX, "w", encoding="ascii") as file:
+            file.write(before)
+
+
+def _route(family: str) -> None:
+    _unroute(family)
+    _ip(family, "route", "replace", "local", "default", "dev", "lo", "table", str(TABLE))
+    _ip(family, "rule", "add", "priority", str(PRIORITY), "fwmark", hex(PACKET_MARK), "lookup", str(TABLE))
 
 
 def _unroute(family: str) -> None:
