@@ -66,7 +66,7 @@ def attach(
         restart |= bool(domain.isActive())
         parts.append("share")
     if addresses_of(_definition(domain)) != canonical(addresses):
-        _set_metadata(domain, ET.tostring(metadata_element(canonical(addresses)), encoding="unicode"))
+        _set_metadata(domain, metadata_element(canonical(addresses)))
         parts.append("addresses")
     return Change(tuple(parts), restart)
 
@@ -234,8 +234,14 @@ def _without_shares(domain: libvirt.virDomain) -> ET.Element:
     return definition
 
 
-def _set_metadata(domain: libvirt.virDomain, text: str | None) -> None:
+def _set_metadata(domain: libvirt.virDomain, element: ET.Element | None) -> None:
     flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG
     if domain.isActive():
         flags |= libvirt.VIR_DOMAIN_AFFECT_LIVE
+    text = None
+    if element is not None:
+        # libvirt puts our namespace on every element that has none, and refuses one that is declared already.
+        for part in element.iter():
+            part.tag = part.tag.removeprefix(f"{{{NAMESPACE}}}")
+        text = ET.tostring(element, encoding="unicode")
     domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, text, PREFIX, NAMESPACE, flags)

@@ -71,7 +71,8 @@ class Namespaces:
             options += ["--fork", "--kill-child=SIGKILL", "--mount-proc"]
         # In a pid namespace this shell is the first process: it must reap what daemons leave behind ("wait"), and
         # the namespaces must not outlive us (--pdeathsig).
-        holder = ("sh", "-c", "echo ready; sleep infinity & wait")
+        wait = "sleep infinity & wait" if "pid" in kinds else "exec sleep infinity"
+        holder = ("sh", "-c", f"echo ready; {wait}")
         self._process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "unshare", *options, *holder],
             stdout=subprocess.PIPE,

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest image boots on each supported kernel, says hello in time and serves the share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import time
+from pathlib import Path
+
+import libvirt
+import pytest
+
+from hypervisor_svc.domains import read_machine
+from tests.vm.conftest import Deploy
+from tests.vm.libvirt_host import LibvirtHost, wait_for
+from vm_images.build import Image, build
+
+pytestmark = [pytest.mark.vm, pytest.mark.root]
+
+HELLO_LIMIT = 20.0  # seconds from power-on, without hardware virtualisation
+
+
+def first_bytes(path: Path, *, seconds: float) -> bytes:
+    """What the guest writes first into its port; QEMU keeps the socket open from the VM's first moment."""
+    with socket.socket(socket.AF_UNIX) as channel:
+        channel.settimeout(seconds)
+        channel.connect(str(path))
+        return channel.recv(4096)
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
+def test_boots_says_hello_and_serves_the_share(
+    kernel: str, libvirt_host: LibvirtHost, connection: libvirt.virConnect, share: Path, deploy_machine: Deploy
+) -> None:
+    blob = os.urandom(3_000_001)
+    (share / "blob.bin").write_bytes(blob)
+    image = build(kernel)
+    assert image.version.startswith(f"{kernel}.")
+
+    power_on = time.monotonic()
+    deployed = deploy_machine(image)
+    machine = read_machine(connection, connection.lookupByName(deployed.name))
+    assert machine is not None
+    assert machine.addresses == ("10.78.0.2", "fd78::2")
+    assert machine.share == str(share)
+    hello = first_bytes(libvirt_host.outside(machine.channel_path), seconds=HELLO_LIMIT)
+    took = time.monotonic() - power_on
+    assert b'"hello"' in hello
+    assert image.version.encode() in hello
+    assert took < HELLO_LIMIT
+
+    for address in ("10.78.0.2", "[fd78::2]"):
+        digest = wait_for(lambda a=address: fetch_digest(libvirt_host, a), seconds=20, what=f"{address} answers")
+        assert digest == hashlib.sha256(blob).hexdigest()
+    console = deployed.console_log.read_text(encoding="utf-8", errors="replace")
+    assert "Failed" not in console, console
+
+
+def fetch_digest(host: LibvirtHost, address: str) -> str:
+    """The hash of what the client gets from the VM; empty if it gets nothing."""
+    command = f"set -o pipefail; curl -fsS -m 10 http://{address}/blob.bin | sha256sum"
+    return host.client.run("bash", "-c", command, check=False).partition(" ")[0] if answers(host, address) else ""
+
+
+def answers(host: LibvirtHost, address: str) -> bool:
+    """Does anybody listen there?"""
+    return bool(host.client.run("curl", "-fsSI", "-m", "5", f"http://{address}/blob.bin", check=False))
+
+
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def test_equal_inputs_give_equal_bytes(
+    image: Image, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAMLIFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    again = build()
+    assert again.root != image.root
+    for part in ("root", "kernel", "initrd"):
+        assert digest_of(getattr(again, part)) == digest_of(getattr(image, part)), part
+
+
+def test_a_cached_image_is_found_at_once(image: Image) -> None:
+    said: list[str] = []
+    started = time.monotonic()
+    assert build(progress=said.append) == image
+    assert said == []
+    assert time.monotonic() - started < 5
