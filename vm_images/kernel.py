@@ -28,7 +28,7 @@ EARLY_MODULES = (
 
 # Kept in the image, so that a guest can load them later.
 KEPT_FOLDERS = ("net", "lib", "crypto", "arch", "drivers/virtio", "drivers/vhost", "drivers/net")
-KEPT_DRIVERS_NET = ("virtio_net", "tun", "veth", "dummy", "net_failover", "ifb", "tap")
+KEPT_MODULES = ("virtio_net", "tun", "veth", "dummy", "net_failover", "ifb", "tap", "autofs4")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _kept(root: Path) -> set[str]:
     kept: set[str] = set()
     for name in _read_dependencies(root):
         inside = name.removeprefix("kernel/")
-        if _module_name(name) in (*EARLY_MODULES, *KEPT_DRIVERS_NET):
+        if _module_name(name) in (*EARLY_MODULES, *KEPT_MODULES):
             kept.add(name)
         elif inside.startswith("drivers/net/"):
             continue

@@ -2,6 +2,7 @@
 """The root file system: a minimal Debian, and on top of it the agent and the units that start it."""
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,7 @@ MaxLevelConsole=info
 
 BLOCK = 4096
 SIZE = 2 * 1024**3
+FIXED_TIME = {"E2FSPROGS_FAKE_TIME": str(EPOCH)}
 FILE_SYSTEM_ID = "5eed5eed-0000-4000-8000-000000000001"
 
 
@@ -131,8 +133,9 @@ def make_image(root: Path, *, image: Path) -> None:
     run(
         ["mke2fs", "-q", "-t", "ext4", "-L", "streamlift", "-U", FILE_SYSTEM_ID, "-E", options, "-b", str(BLOCK)]
         + ["-J", "size=16", "-m", "0", "-d", str(root), str(image), str(SIZE // BLOCK)],
-        environment={"E2FSPROGS_FAKE_TIME": str(EPOCH)},
+        environment=FIXED_TIME,
     )
+    _set_inode_times(image)
 
 
 def _install_unit(root: Path, unit: Path, *, wanted_by: str) -> None:
@@ -156,3 +159,22 @@ def _set_times(root: Path) -> None:
             if os.lstat(path).st_mtime > EPOCH:
                 os.utime(path, (EPOCH, EPOCH), follow_symlinks=False)
     os.utime(root, (EPOCH, EPOCH))
+
+
+def _set_inode_times(image: Path) -> None:
+    """mke2fs copies each file's times of access and of change, which nobody can set in the tree."""
+    commands = (f"set_inode_field <{inode}> {field} @{EPOCH}\n" for inode in _inodes(image) for field in ("atime", "ctime"))
+    script = "".join(commands)
+    run(["debugfs", "-w", "-f", "/dev/stdin", image], text=script, environment=FIXED_TIME)
+
+
+def _inodes(image: Path) -> list[int]:
+    """All inodes in use by files; the first ten belong to the file system itself, but for the root folder's."""
+    report = run(["dumpe2fs", image])
+    count = re.search(r"^Inode count: +(\d+)$", report, re.MULTILINE)
+    assert count is not None
+    free: set[int] = set()
+    for line in re.findall(r"^  Free inodes: (.+)$", report, re.MULTILINE):
+        for first, last in re.findall(r"(\d+)(?:-(\d+))?", line):
+            free.update(range(int(first), int(last or first) + 1))
+    return [2, *(inode for inode in range(11, int(count[1]) + 1) if inode not in free)]
