@@ -12,7 +12,7 @@ import signal
 from dataclasses import dataclass, field
 from typing import Any
 
-from guest_agent import __version__
+from guest_agent import __version__, mute
 from guest_agent.applications import Applications
 from guest_agent.channel import Channel
 from guest_agent.handoff.hold import Hold
@@ -45,6 +45,7 @@ class Agent:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._keep = _open_hold()
+        mute.install()
         about = {
             "side": "guest",
             "agent_version": __version__,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest's half of a handoff: freeze, extract, offer; then either the host owns the connection or all is undone.
 
-    begin() ──▶ OFFERED ──▶ taken()    the host owns it; our socket becomes a silent place-holder
-                       └──▶ refused()  nothing has happened; the application sends the file itself
+    begin() ──▶ OFFERED ──▶ silence()  the host owns it; our socket becomes a silent place-holder
+                       └──▶ undo()     nothing has happened; the application sends the file itself
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from guest_agent.handoff.restore import restore_in_place
 from guest_agent.handoff.snapshot import Snapshot, encode
 from guest_agent.handoff.state import Guest, move_guest
 from guest_agent.handoff.wire import Header
+from guest_agent.mute import mute, unmute
 from guest_agent.share import SharedFile
 
 Send = Callable[[Header, bytes], None]
@@ -51,6 +52,7 @@ class Transfer:
     snapshot: Snapshot | None = None
     cookie: int = 0
     held: list[bytes] = field(default_factory=list)
+    outcome: Outcome = field(default_factory=lambda: Outcome("offloaded"))
     sent_before: int = 0
     application_gone: bool = False
 
@@ -67,6 +69,7 @@ def begin(transfer: Transfer, keep: Hold | None, send: Send) -> None:
     transfer.move(Guest.FROZEN)
     try:
         transfer.snapshot = extract(transfer.sock)
+        mute(transfer.sock)
         offer(transfer, send)
     except (HandoffError, OSError):
         undo(transfer)
@@ -94,18 +97,19 @@ def offer(transfer: Transfer, send: Send) -> None:
         raise HostError(Reason.HOST_AWAY, str(error)) from None
 
 
-def taken(transfer: Transfer) -> None:
-    """The host committed. Bytes that were in flight are the host's to retransmit, so ours must not be able to: the
-    place-holder is rebuilt with empty queues, and keepalive probes are switched off."""
+def silence(transfer: Transfer) -> None:
+    """The host committed, and keeps the connection for longer: a place-holder that is muted would retransmit into the void
+    until it times out (tcp_retries2). It is rebuilt with empty queues, and keepalive probes are switched off."""
     assert transfer.snapshot is not None
-    transfer.move(Guest.OUT)
     if transfer.snapshot.unacked or transfer.snapshot.unsent:
         restore_in_place(transfer.sock, transfer.snapshot, silent=True)
+        mute(transfer.sock)
     if transfer.snapshot.options.keepalive:
         transfer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
 
 
 def undo(transfer: Transfer) -> None:
     """The host did not take it: thaw; the socket never stopped being ours."""
+    unmute(transfer.sock, transfer.snapshot.options.mark if transfer.snapshot else 0)
     thaw(transfer.sock)
     transfer.move(Guest.HOME)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from guest_agent import hand_out
+from guest_agent import hand_out, take_back
 from guest_agent.hand_out import Outcome, Send, Transfer
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import GuestError, HandoffError, NotMovable, Reason
@@ -19,12 +19,14 @@ from guest_agent.handoff.freeze import thaw
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.state import Guest, move_guest
 from guest_agent.handoff.wire import Header
-from guest_agent.take_back import take_back
 
 log = logging.getLogger("streamlift.agent")
 
 DOUBT_LIMIT = 12.0
 """Seconds that a transfer waits for a lost host: longer than the host keeps what nobody claims (`orphan_timeout`)."""
+SILENCE_AFTER = 0.05
+"""Seconds until a place-holder gives up its queues: long after the last packet that was still on its way to the guest. Most
+transfers are home by then."""
 OFFER_LIMIT = 5.0
 """Seconds until an unanswered offer is asked for again."""
 
@@ -113,36 +115,42 @@ class Transfers:
     def _on_taken(self, transfer: Transfer, header: Header, body: bytes) -> None:
         if transfer.state is not Guest.OFFERED:
             return
-        if transfer.snapshot is not None:
-            hand_out.taken(transfer)
-        else:
-            transfer.move(Guest.OUT)
+        transfer.move(Guest.OUT)
+        self._loop.call_later(SILENCE_AFTER, self._silence, transfer)
         if transfer.application_gone:
             self._send({"type": "abort", "token": transfer.token}, b"")
         self.collect_held()
         self._send_held(transfer)
 
+    def _silence(self, transfer: Transfer) -> None:
+        if transfer.state is Guest.OUT and transfer.snapshot is not None:
+            hand_out.silence(transfer)
+
     def _on_refused(self, transfer: Transfer, header: Header, body: bytes) -> None:
-        if transfer.state is Guest.OUT:
+        if transfer.state is not Guest.OFFERED:
             self._host_lost(transfer)
             return
         self._undo(transfer, _reason(header), str(header.get("message", "")))
 
     def _on_hand_back(self, transfer: Transfer, header: Header, body: bytes) -> None:
-        if transfer.state not in (Guest.OUT, Guest.OFFERED):
-            return
-        try:
-            take_back(transfer, header, body)
-        except (HandoffError, OSError) as error:
-            log.warning("%s could not come home: %s", transfer.token, error)
-            self._send({"type": "restore_failed", "token": transfer.token, "message": str(error)}, b"")
-            self._bury(transfer, Outcome("failed", _sent(header), Reason.RESTORE_FAILED, str(error), errno.ECONNRESET))
-            return
-        self.collect_held()
-        self._forget(transfer)
-        self._send_segments("home", transfer)
-        self.counters["handed_back"] += 1
-        self._finish(transfer, _returned(header))
+        if transfer.state in (Guest.OUT, Guest.OFFERED):
+            try:
+                take_back.restore(transfer, header, body)
+            except (HandoffError, OSError) as error:
+                self._not_restored(transfer, error)
+                return
+            transfer.outcome = _returned(header)
+        if transfer.state is Guest.RETURNING:
+            self._send({"type": "restored", "token": transfer.token}, b"")
+
+    def _not_restored(self, transfer: Transfer, error: HandoffError | OSError) -> None:
+        log.warning("%s could not come home: %s", transfer.token, error)
+        self._send({"type": "restore_failed", "token": transfer.token, "message": str(error)}, b"")
+        self._bury(transfer, Outcome("failed", 0, Reason.RESTORE_FAILED, str(error), errno.ECONNRESET))
+
+    def _on_released(self, transfer: Transfer, header: Header, body: bytes) -> None:
+        if transfer.state is Guest.RETURNING:
+            self._come_home(transfer)
 
     def _on_failed(self, transfer: Transfer, header: Header, body: bytes) -> None:
         number = header.get("errno")
@@ -151,13 +159,21 @@ class Transfers:
 
     # What happens to a transfer.
 
+    def _come_home(self, transfer: Transfer) -> None:
+        """The host let go: thaw, and send after it what came while we were frozen."""
+        take_back.thaw(transfer)
+        self.collect_held()
+        self._forget(transfer)
+        self._send_held(transfer)
+        self.counters["handed_back"] += 1
+        self._finish(transfer, transfer.outcome)
+
     def _undo(self, transfer: Transfer, reason: Reason, message: str) -> None:
         self.collect_held()
         hand_out.undo(transfer)
         self.collect_held()
         self._forget(transfer)
-        if transfer.held and self._is_up():
-            self._send_segments("late", transfer)
+        self._send_held(transfer)
         self._finish(transfer, Outcome("local", transfer.sent_before, reason, message))
 
     def _bury(self, transfer: Transfer, outcome: Outcome) -> None:
@@ -172,8 +188,11 @@ class Transfers:
         self._finish(transfer, outcome)
 
     def _host_lost(self, transfer: Transfer) -> None:
-        """The service that had the socket is gone. An offer was never taken, or died with it frozen and unheard."""
-        if transfer.state is Guest.OFFERED:
+        """The service that had the socket is gone. An offer was never taken, or died with it frozen and unheard; what is
+        restored here is ours; anything else is lost."""
+        if transfer.state is Guest.RETURNING:
+            self._come_home(transfer)
+        elif transfer.state is Guest.OFFERED:
             self._undo(transfer, Reason.HOST_LOST, "the host's service went away before it took the connection")
         else:
             message = "the host's service went away with the connection"
@@ -222,14 +241,13 @@ class Transfers:
                     self._loop.call_soon(self._send_held, transfer)
 
     def _send_held(self, transfer: Transfer) -> None:
-        if transfer.held and self._is_up():
-            self._send_segments("late", transfer)
-
-    def _send_segments(self, kind: str, transfer: Transfer) -> None:
+        """Ask the host to put what our frozen socket did not take back on the road."""
+        if not transfer.held or not self._is_up():
+            return
         segments, transfer.held = transfer.held, []
         self.counters["held_packets"] += len(segments)
         lengths = b"".join(struct.pack(">I", len(segment)) + segment for segment in segments)
-        self._send({"type": kind, "token": transfer.token}, lengths)
+        self._send({"type": "late", "token": transfer.token}, lengths)
 
 
 def _sent(header: dict[str, Any]) -> int:

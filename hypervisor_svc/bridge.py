@@ -19,7 +19,6 @@ from hypervisor_svc import flow_set
 from hypervisor_svc.flow_set import FlowSet
 from hypervisor_svc.redirect import Flow, Redirect, delete_table, load_rules
 
-
 _SIOCGIFHWADDR = 0x8927
 
 

@@ -7,7 +7,6 @@ padded to four bytes (nft(8), CONCATENATIONS)."""
 
 from __future__ import annotations
 
-import errno
 from typing import TYPE_CHECKING
 
 from hypervisor_svc import netlink
@@ -41,8 +40,10 @@ def matches(name: str) -> tuple[str, str]:
     )
 
 
-def encode(flow: Flow, kind: int, *, family: int, name: str, sequence: int) -> bytes:
-    """A batch of one message. All three carry the sequence number: whichever fails is the answer."""
+def encode(flow: Flow, name: str, *, remove: bool, family: int, sequence: int) -> bytes:
+    """A batch that adds an element, or adds and removes it: to remove one that is not there would abort the batch, and that
+    makes the kernel wait for an RCU grace period (8 ms). All messages carry the same sequence number: whichever fails is
+    the answer."""
     first, second = packed(flow.client.address), packed(flow.server.address)
     ports = [endpoint.port.to_bytes(2, "big") + bytes(2) for endpoint in (flow.client, flow.server)]
     body = (
@@ -50,12 +51,14 @@ def encode(flow: Flow, kind: int, *, family: int, name: str, sequence: int) -> b
         + attribute(_SET, f"{name}{4 if len(first) == 4 else 6}\0".encode())
         + nest(_ELEMENTS, nest(_ELEMENT, nest(_KEY, attribute(_VALUE, first + ports[0] + second + ports[1]))))
     )
-    flags = netlink.ACK | (netlink.CREATE if kind == _NEW_ELEMENT else 0)
-    return (
-        netlink.message(_BATCH_BEGIN, 0, sequence, family=0, body=b"", resource=_NFTABLES)
-        + netlink.message(kind, flags, sequence, family=family, body=body)
-        + netlink.message(_BATCH_END, 0, sequence, family=0, body=b"", resource=_NFTABLES)
-    )
+    adding = netlink.CREATE if remove else netlink.CREATE | netlink.ACK
+    messages = [
+        netlink.message(_BATCH_BEGIN, 0, sequence, family=0, body=b"", resource=_NFTABLES),
+        netlink.message(_NEW_ELEMENT, adding, sequence, family=family, body=body),
+        netlink.message(_DELETE_ELEMENT, netlink.ACK, sequence, family=family, body=body) if remove else b"",
+        netlink.message(_BATCH_END, 0, sequence, family=0, body=b"", resource=_NFTABLES),
+    ]
+    return b"".join(messages)
 
 
 class FlowSet:
@@ -71,14 +74,13 @@ class FlowSet:
 
     def add(self, flow: Flow) -> None:
         """Put a flow in."""
-        self._send(flow, _NEW_ELEMENT, fine=(errno.EEXIST,))
+        self._send(flow, remove=False)
 
     def remove(self, flow: Flow) -> None:
         """Take a flow out."""
-        self._send(flow, _DELETE_ELEMENT, fine=(errno.ENOENT,))
+        self._send(flow, remove=True)
 
-    def _send(self, flow: Flow, kind: int, *, fine: tuple[int, ...]) -> None:
+    def _send(self, flow: Flow, *, remove: bool) -> None:
         sequence = self._netlink.next()
-        batch = encode(flow, kind, family=self._family, name=self._name, sequence=sequence)
-        (result,) = self._netlink.transact(batch, sequence)
-        netlink.check(result, "nftables element", fine=fine)
+        batch = encode(flow, self._name, remove=remove, family=self._family, sequence=sequence)
+        netlink.check(self._netlink.transact(batch, sequence)[0], "nftables element", fine=())

@@ -30,7 +30,7 @@ from hypervisor_svc.serve import Server
 log = logging.getLogger("streamlift.guests")
 
 RETURN_LIMIT = 30.0
-"""Seconds that a frozen copy waits for the guest's word before it is closed silently."""
+"""Seconds that a frozen copy waits for the guest to restore it before the host ends the connection."""
 LINGER = 60.0
 """Seconds that the redirect of a connection which the host closed stays: the length of TIME_WAIT."""
 MAX_SEGMENTS = 4096
@@ -205,11 +205,12 @@ class Guests:
             self._end(connection)
             self._tell_failed(connection, errno.ECONNRESET)
 
-    def _on_home(self, guest: Guest, header: Header, body: bytes) -> None:
+    def _on_restored(self, guest: Guest, header: Header, body: bytes) -> None:
         connection = self._returning(guest, header)
-        self.collect_held()
+        self._hand_back.unredirect(connection)
+        self.collect_held()  # after the last packet that can have come to our copy
         self._forget(connection)
-        self._hand_back.home(connection, _segments(body))
+        self._hand_back.release(connection)
         guest.counters["handed_back"] += 1
         self.durations.add("whole", self._loop.time() - connection.started)
 
@@ -274,9 +275,7 @@ class Guests:
         if connection.state is Host.RETURNING:
             log.warning("%s: %s was never taken back", connection.guest.machine.name, connection.token)
             connection.guest.refused[Reason.TIMED_OUT.value] += 1
-            self._forget(connection)
-            connection.close()
-            connection.state = Host.GONE
+            self._end(connection)
 
     def _client_gone(self, connection: Connection, number: int) -> None:
         self._server.remove(connection)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step 7: hand back. Freeze, extract, send the packets home, then the snapshot.
+"""Step 7: hand back, in two halves with the guest's restore between them.
 
-The redirect goes away *before* the guest has its socket back, and the guest thaws without asking: that saves the client a
-round trip over the channel. Nothing is lost meanwhile, because what a frozen socket does not take is kept (`hold.py`), and
-never are there two owners, because our copy stays frozen until the guest says that the connection is home, and then closes
-silently. If the guest says that it cannot take it, we are the only owner left, and end the connection."""
+    hand_back()   freeze, extract, send the snapshot; packets still come to our frozen copy, which keeps them (`hold.py`)
+    unredirect()  the guest has restored it: packets go to the guest's frozen socket, which keeps them
+    release()     close silently, let the guest thaw, put what was kept back on the road
+
+The redirect stays until the guest has its socket, because a socket is not in the kernel's tables while it is rebuilt in
+place: a packet that reached the guest then would be answered with a RST. If the guest says that it cannot take the
+connection, our copy is the only one left, and ends it."""
 
 from __future__ import annotations
 
@@ -38,8 +41,6 @@ class HandBack:
             freeze(connection.sock, self._keep)
             connection.move(Host.FROZEN)
             snapshot = self._extract(connection)
-        with self._durations.of("unredirect"):
-            self._redirect.unredirect(connection.flow, connection.endpoint)
         header, body = encode(snapshot)
         connection.parting = (self._message(connection, header), body)
         connection.move(Host.RETURNING)
@@ -70,11 +71,18 @@ class HandBack:
             "snapshot": snapshot,
         }
 
-    def home(self, connection: Connection, segments: list[bytes]) -> None:
-        """The guest has it: close silently, and put what neither of us took back on the road."""
+    def unredirect(self, connection: Connection) -> None:
+        """The guest has restored it and waits for our word to thaw."""
+        assert connection.endpoint is not None
+        with self._durations.of("unredirect"):
+            self._redirect.unredirect(connection.flow, connection.endpoint)
+
+    def release(self, connection: Connection) -> None:
+        """From here the guest owns the connection."""
         connection.close()
         connection.move(Host.GONE)
-        for segment in (*connection.held, *segments):
+        connection.guest.send({"type": "released", "token": connection.token})
+        for segment in connection.held:
             self._injector.inject(connection.flow, segment)
         if connection.fin:
             self._injector.inject(connection.flow, connection.fin)
@@ -83,8 +91,6 @@ class HandBack:
         """Nobody can take the connection: close it as the kernel does for a process that dies. The redirect stays until
         the last packets of the close have passed (`forget`)."""
         if connection.sock is not None and connection.state in (Host.FROZEN, Host.RETURNING):
-            if connection.state is Host.RETURNING and connection.endpoint is not None:
-                self._redirect.redirect(connection.flow, connection.endpoint)
             with contextlib.suppress(OSError):
                 thaw(connection.sock)
         connection.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
@@ -61,6 +62,7 @@ class TransparentRedirect:
     def __init__(self) -> None:
         self._home = FlowSet("home", family=flow_set.INET)
         self._here: dict[Flow, Endpoint] = {}
+        self._left: dict[Flow, float] = {}
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -89,7 +91,8 @@ class TransparentRedirect:
 
     def redirect(self, flow: Flow, endpoint: Endpoint) -> None:
         """The restored socket is the redirect, unless its flow has just gone home."""
-        self._home.remove(flow)
+        if self._left.pop(flow, None) is not None:
+            self._home.remove(flow)
         self._here[flow] = endpoint
 
     def unredirect(self, flow: Flow, endpoint: Endpoint) -> None:
@@ -97,6 +100,15 @@ class TransparentRedirect:
         if self._here.get(flow) is endpoint:
             self._home.add(flow)
             del self._here[flow]
+            self._remember(flow)
+
+    def _remember(self, flow: Flow) -> None:
+        """Which flows may still have an element, oldest first."""
+        now = time.monotonic()
+        self._left.pop(flow, None)
+        self._left[flow] = now
+        while now - self._left[oldest := next(iter(self._left))] > 2 * _HOME_SECONDS:
+            del self._left[oldest]
 
     def forget(self, flow: Flow, endpoint: Endpoint) -> None:
         """The redirect went with the socket."""

@@ -55,9 +55,8 @@ def restore_in_place(sock: socket.socket, snapshot: Snapshot, *, silent: bool = 
     retransmit. Raises OSError; the socket is then closed (TCP_CLOSE) but its descriptor valid, and may be tried again."""
     kernel.disconnect(sock.fileno())
     sock.getsockopt(_SOL, socket.SO_ERROR)  # ECONNABORTED of our own disconnect
+    _setsockopt(sock, _SOL, socket.SO_MARK, snapshot.options.mark)  # the route is looked up with it
     _continue(sock, snapshot, snapshot.local, silent=silent)
-    if snapshot.options.mark:
-        _setsockopt(sock, _SOL, socket.SO_MARK, snapshot.options.mark)
 
 
 def send_unsent(sock: socket.socket, snapshot: Snapshot) -> None:

@@ -22,7 +22,7 @@ class Guest(Enum):
     FROZEN = "frozen"  # hears nothing, says nothing; nobody else knows yet
     OFFERED = "offered"  # the snapshot was sent; the host may own it (in doubt)
     OUT = "out"  # the host owns it; ours is a silent place-holder
-    RETURNING = "returning"  # being restored in place
+    RETURNING = "returning"  # restored in place, frozen until the host lets go
     DEAD = "dead"  # the connection ended while it was away
 
 
@@ -34,7 +34,7 @@ class Host(Enum):
     REDIRECTED = "redirected"  # packets come to it
     SERVING = "serving"  # thawed and committed: the host owns the connection
     FROZEN = "frozen"  # stopped at a byte boundary, to go home
-    RETURNING = "returning"  # packets go to the guest again; waits for its word
+    RETURNING = "returning"  # its snapshot is on the way; still the only copy that packets reach
     GONE = "gone"  # closed silently, or ended with the client
 
 
