@@ -72,9 +72,9 @@ def build_packet(flow: Flow, segment: bytes) -> bytes:
     The checksum holds only the pseudo header's sum; the kernel completes it. Raises ValueError for what is no segment."""
     if len(segment) < 20 or not 20 <= (tcp_length := segment[12] >> 4 << 2) <= len(segment):
         raise ValueError("not a TCP segment")
-    header, pseudo = _ip_header(flow, len(segment))
-    if len(header) + len(segment) > MTU:
+    if len(segment) > MTU - 40:
         raise ValueError("the segment does not fit into a packet")
+    header, pseudo = _ip_header(flow, len(segment))
     headers = len(header) + tcp_length
     merged = len(segment) - tcp_length > CUT - headers
     kind = (_VNET_TCPV6 if len(header) == 40 else _VNET_TCPV4) if merged else _VNET_NONE

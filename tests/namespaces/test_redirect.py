@@ -185,7 +185,10 @@ def captured(where: Namespace, port: int) -> Iterator[list[tuple[bool, int]]]:
         with contextlib.suppress(BlockingIOError):
             while True:
                 packet = raw.recv(256)
-                tcp = packet[40:] if packet[0] >> 4 == 6 else packet[20:]
+                six = packet[0] >> 4 == 6
+                if packet[6 if six else 9] != socket.IPPROTO_TCP:
+                    continue
+                tcp = packet[40:] if six else packet[20:]
                 ports = struct.unpack("!HH", tcp[:4])
                 if port in ports or any(61000 <= number <= 61063 for number in ports):
                     found.append((ports[1] != port, tcp[13]))
