@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verdicts, on measurements that were made up."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.performance import bench, handoff
+from tests.performance.bench import Bar, Report
+
+
+@pytest.mark.parametrize(
+    ("percent", "expected"), [(0, 1), (50, 5), (90, 9), (91, 10), (99, 10), (100, 10)]
+)
+def test_percentile_is_the_nearest_rank(percent: float, expected: float) -> None:
+    assert bench.percentile([10, 9, 8, 7, 6, 5, 4, 3, 2, 1], percent) == expected
+
+
+def test_percentile_of_nothing() -> None:
+    assert math.isnan(bench.percentile([], 50))
+
+
+def test_median_and_spread() -> None:
+    assert bench.median_and_spread([1, 2, 3, 4]) == (2.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "sense", "holds"),
+    [(1, "<=", True), (2, "<=", False), (2, ">=", True), (0.9, ">=", False), (math.nan, "<=", False), (math.nan, ">=", False)],
+)
+def test_a_bar_holds(value: float, sense: bench.Sense, holds: bool) -> None:
+    assert Bar("x", value, "us", 1, sense).holds is holds
+
+
+def test_the_exit_status_tells_whether_all_bars_hold() -> None:
+    report = Report("x", "none", bars=[Bar("good", 1, "us", 2, "<=")])
+    assert report.exit_status == 0
+    report.bars.append(Bar("bad", 3, "us", 2, "<="))
+    assert report.exit_status == 3
+
+
+def test_the_report_has_the_schema() -> None:
+    report = Report("x", "none", rows=[{"a": 1}], bars=[Bar("good", 1, "us", 2, "<=")], details={"steps": {}})
+    data = json.loads(json.dumps(report.as_json()))
+    assert {"benchmark", "machine", "versions", "rows", "bars", "caveat"} <= set(data)
+    assert data["bars"] == [{"name": "good", "value": 1, "unit": "us", "limit": 2, "sense": "<=", "holds": True}]
+    assert data["rows"] == [{"a": 1}]
+
+
+def _row(phase: str, size: int, side: str, **values: Any) -> dict[str, Any]:
+    return {"phase": phase, "size": size, "side": side, **values}
+
+
+def _rows(*, added: float, rate: float) -> list[dict[str, Any]]:
+    waits = {"longest_waits_us": [10.0, 20_000.0]}
+    rows = [
+        _row("latency", handoff.LATENCY_SIZE, "offload", latencies_us=[100.0 + added, 300.0 + added], **waits),
+        _row("latency", handoff.LATENCY_SIZE, "baseline", latencies_us=[100.0, 300.0], longest_waits_us=[1e9, 1e9]),
+    ]
+    for phase in ("unlimited", handoff.LINK):
+        for size in handoff.RATIO_LIMITS:
+            rows.append(_row(phase, size, "offload", bytes=size, seconds=size / rate))
+            rows.append(_row(phase, size, "baseline", bytes=size, seconds=size / 100))
+    return rows
+
+
+ALL_OFFLOADED = {"offloaded": 10, "local": {}, "failed": 0}
+
+
+def test_handoff_holds() -> None:
+    bars = handoff.judge(_rows(added=600, rate=99), ALL_OFFLOADED)
+    assert [bar.value for bar in bars[:3]] == [600, 600, 20]
+    assert [bar.value for bar in bars[3:6]] == pytest.approx([0.99] * 3)
+    assert all(bar.holds for bar in bars)
+
+
+def test_handoff_falls_short() -> None:
+    bars = handoff.judge(_rows(added=4000, rate=70), {"offloaded": 5, "local": {"busy": 5}, "failed": 0})
+    assert [bar.holds for bar in bars] == [False, False, True, False, False, False, False]
+
+
+def test_the_plot_is_a_png(tmp_path: Path) -> None:
+    report = Report("handoff", "none", rows=_rows(added=1, rate=99))
+    handoff.plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
