@@ -59,9 +59,7 @@ def runs_with(accelerator: Accelerator, *, seconds: float = TRIAL_SECONDS) -> bo
             "-device", "isa-debug-exit,iobase=0xf4,iosize=0x01",
         ]  # fmt: skip
         try:
-            result = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False
-            )
+            result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False)
         except (subprocess.TimeoutExpired, FileNotFoundError):
             return False
     return result.returncode == _EXPECTED_STATUS

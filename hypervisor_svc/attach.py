@@ -224,9 +224,7 @@ def _drop_share(connection: libvirt.virConnect, domain: libvirt.virDomain) -> No
 
 
 def _without_shares(domain: libvirt.virDomain) -> ET.Element:
-    definition = ET.fromstring(
-        domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
-    )
+    definition = ET.fromstring(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE))
     devices = definition.find("devices")
     assert devices is not None
     for filesystem in _shares(definition):

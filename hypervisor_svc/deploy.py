@@ -187,9 +187,7 @@ def _check(connection: libvirt.virConnect, deployment: Deployment) -> None:
     if not NAME.fullmatch(deployment.name):
         raise MachineError(f"{deployment.name!r} cannot be a VM's name", hint="use letters, digits, '-', '_' and '.'")
     if any(domain.name() == deployment.name for domain in connection.listAllDomains()):
-        raise MachineError(
-            f"a VM named {deployment.name!r} exists already", hint="choose another name or undeploy it first"
-        )
+        raise MachineError(f"a VM named {deployment.name!r} exists already", hint="choose another name or undeploy it first")
     if not deployment.share_directory.is_dir():
         raise MachineError(f"{deployment.share_directory} is not a folder", hint="create it first")
     canonical(deployment.addresses)

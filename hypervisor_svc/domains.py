@@ -123,7 +123,7 @@ class Domains:
         return found
 
     def _connect(self) -> libvirt.virConnect:
-        connection = libvirt.open(self.uri)
+        connection = open_connection(self.uri)
         # A libvirtd that hangs counts as away after 5 * 3 s.
         connection.setKeepAlive(5, 3)
         for event in (
@@ -147,6 +147,13 @@ class Domains:
     def _event(self, *_details: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the asyncio loop has ended
             self._loop.call_soon_threadsafe(self._wanted.set)
+
+
+def open_connection(uri: str = DEFAULT_URI) -> libvirt.virConnect:
+    """A connection to libvirt; `libvirt.libvirtError` if it is away."""
+    # libvirt prints every error to stderr by itself otherwise; ours are raised and logged.
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)
+    return libvirt.open(uri)
 
 
 def read_machine(connection: libvirt.virConnect, domain: libvirt.virDomain) -> Machine | None:
@@ -215,8 +222,6 @@ def _start_event_loop() -> None:
         if _event_loop_runs:
             return
         libvirt.virEventRegisterDefaultImpl()
-        # libvirt prints every error to stderr by itself otherwise; we raise and log them.
-        libvirt.registerErrorHandler(lambda _context, _error: None, None)
         threading.Thread(target=_run_event_loop, name="libvirt-events", daemon=True).start()
         _event_loop_runs = True
 

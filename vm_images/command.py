@@ -25,9 +25,7 @@ def run(
     command = [str(argument) for argument in arguments]
     variables = {**os.environ, "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": str(EPOCH), **(environment or {})}
     try:
-        result = subprocess.run(
-            command, input=text, capture_output=True, text=True, cwd=directory, env=variables, check=False
-        )
+        result = subprocess.run(command, input=text, capture_output=True, text=True, cwd=directory, env=variables, check=False)
     except FileNotFoundError as error:
         raise BuildError(f"{command[0]} is not installed: install it with apt") from error
     if result.returncode != 0:

@@ -46,9 +46,7 @@ def image() -> Image:
 
 
 @pytest.fixture
-def deploy_machine(
-    libvirt_host: LibvirtHost, connection: libvirt.virConnect, share: Path
-) -> Iterator[Deploy]:
+def deploy_machine(libvirt_host: LibvirtHost, connection: libvirt.virConnect, share: Path) -> Iterator[Deploy]:
     """`deploy_machine(image, name=..., ...)`: start a VM that is removed when the test ends."""
     with contextlib.ExitStack() as stack:
 

@@ -21,12 +21,14 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import libvirt
+
+from hypervisor_svc.domains import open_connection
 
 CLIENT_ADDRESSES = ("203.0.113.2", "fd78:c::2")
 HOST_ADDRESSES = ("203.0.113.1", "fd78:c::1")
@@ -49,6 +51,8 @@ cgroup_controllers = []
 namespaces = []
 stdio_handler = "file"
 """
+
+Found = TypeVar("Found")
 
 PRIVATE_FOLDERS = {
     "etc": "/etc/libvirt",
@@ -154,14 +158,12 @@ class LibvirtHost:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
     def connect(self) -> libvirt.virConnect:
         """A new connection to this host's libvirt."""
-        return libvirt.open(self.uri)
+        return open_connection(self.uri)
 
     def run(self, *arguments: str | Path, check: bool = True) -> str:
         """Run a program on the host, with its network and its view of libvirt's folders."""
@@ -247,7 +249,7 @@ class LibvirtHost:
             self._libvirtd.wait()
 
 
-def wait_for(condition: Any, *, seconds: float, what: str) -> Any:
+def wait_for(condition: Callable[[], Found], *, seconds: float, what: str) -> Found:
     """Call `condition` until it returns something true, and return that; TimeoutError after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:

@@ -55,9 +55,7 @@ def test_undeploy_leaves_nothing_behind(
     assert leftovers(libvirt_host, connection) == before
 
 
-def test_the_network_stays_while_a_vm_is_on_it(
-    connection: libvirt.virConnect, image: Image, deploy_machine: Deploy
-) -> None:
+def test_the_network_stays_while_a_vm_is_on_it(connection: libvirt.virConnect, image: Image, deploy_machine: Deploy) -> None:
     deploy_machine(image, name="first")
     deploy_machine(image, name="second", address4="10.78.0.3/24", address6="fd78::3/64")
     undeploy(connection, "first")
@@ -76,9 +74,7 @@ def test_a_failed_deployment_undoes_itself(
     assert leftovers(libvirt_host, connection) == before
 
 
-def test_refusals_say_what_to_do(
-    connection: libvirt.virConnect, image: Image, deploy_machine: Deploy, tmp_path: Path
-) -> None:
+def test_refusals_say_what_to_do(connection: libvirt.virConnect, image: Image, deploy_machine: Deploy, tmp_path: Path) -> None:
     deploy_machine(image, name="first")
     with pytest.raises(MachineError, match="exists already"):
         deploy_machine(image, name="first")

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from hypervisor_svc.domains import read_machine
 from tests.vm.conftest import Deploy
 from tests.vm.libvirt_host import LibvirtHost, wait_for
-from vm_images.build import Image, build
+from vm_images.build import build
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
 
@@ -52,7 +54,8 @@ def test_boots_says_hello_and_serves_the_share(
     assert took < HELLO_LIMIT
 
     for address in ("10.78.0.2", "[fd78::2]"):
-        digest = wait_for(lambda a=address: fetch_digest(libvirt_host, a), seconds=20, what=f"{address} answers")
+        fetch = functools.partial(fetch_digest, libvirt_host, address)
+        digest = wait_for(fetch, seconds=20, what=f"{address} answers")
         assert digest == hashlib.sha256(blob).hexdigest()
     console = deployed.console_log.read_text(encoding="utf-8", errors="replace")
     assert "Failed" not in console, console
@@ -74,19 +77,20 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def test_equal_inputs_give_equal_bytes(
-    image: Image, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STREAMLIFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+def test_equal_inputs_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = build()
+    monkeypatch.setenv("STREAMLIFT_CACHE", str(tmp_path))
     again = build()
     assert again.root != image.root
     for part in ("root", "kernel", "initrd"):
         assert digest_of(getattr(again, part)) == digest_of(getattr(image, part)), part
+    shutil.rmtree(tmp_path)
 
 
-def test_a_cached_image_is_found_at_once(image: Image) -> None:
+def test_a_cached_image_is_found_at_once() -> None:
+    first = build()
     said: list[str] = []
     started = time.monotonic()
-    assert build(progress=said.append) == image
+    assert build(progress=said.append) == first
     assert said == []
     assert time.monotonic() - started < 5
