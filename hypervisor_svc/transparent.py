@@ -36,7 +36,7 @@ table inet streamlift {{
 {flow_set.declaration("home", f"flags timeout; timeout {_HOME_SECONDS}s;")}
     chain prerouting {{
         type filter hook prerouting priority mangle; policy accept;
-        meta l4proto tcp socket transparent 1 socket mark {SOCKET_MARK:#x} jump ours
+        meta l4proto {{ tcp, icmp, ipv6-icmp }} socket transparent 1 socket mark {SOCKET_MARK:#x} jump ours
     }}
     chain ours {{
         {flow_set.matches("home")[0]} return

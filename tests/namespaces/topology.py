@@ -93,6 +93,8 @@ def namespace(kind: str) -> Iterator[Namespace]:
     run("ip", "netns", "add", made.name)
     try:
         made.run("ip", "link", "set", "lo", "up")
+        for key in ("all", "default"):  # else link-local addresses are tentative for the first second or two
+            made.sysctl(f"net.ipv6.conf.{key}.accept_dad", "0")
         yield made
     finally:
         run("ip", "netns", "del", made.name)
