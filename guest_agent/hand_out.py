@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class Transfer:
     outcome: Outcome = field(default_factory=lambda: Outcome("offloaded"))
     sent_before: int = 0
     application_gone: bool = False
+    timer: asyncio.TimerHandle | None = None
 
     def move(self, to: Guest) -> None:
         """Go to another state of the table in `handoff/state.py`."""

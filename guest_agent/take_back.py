@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from guest_agent.hand_out import Transfer
-from guest_agent.handoff.errors import GuestError, Reason
 from guest_agent.handoff import freeze
+from guest_agent.handoff.errors import GuestError, Reason
 from guest_agent.handoff.restore import restore_in_place, send_unsent
 from guest_agent.handoff.snapshot import decode
 from guest_agent.handoff.state import Guest

@@ -65,7 +65,7 @@ class Transfers:
         else:
             self._by_token[transfer.token] = self._by_cookie[transfer.cookie] = transfer
             self.counters["handed_out"] += 1
-            self._loop.call_later(OFFER_LIMIT, self._ask_again, transfer)
+            self._set_timer(transfer, OFFER_LIMIT, self._ask_again)
 
     def reclaim(self, transfer: Transfer) -> None:
         """An application comes back with the socket of a transfer that another life of this agent began."""
@@ -116,7 +116,7 @@ class Transfers:
         if transfer.state is not Guest.OFFERED:
             return
         transfer.move(Guest.OUT)
-        self._loop.call_later(SILENCE_AFTER, self._silence, transfer)
+        self._set_timer(transfer, SILENCE_AFTER, self._silence)
         if transfer.application_gone:
             self._send({"type": "abort", "token": transfer.token}, b"")
         self.collect_held()
@@ -205,7 +205,12 @@ class Transfers:
         if transfer.state is Guest.OFFERED and transfer.token in self._by_token:
             if self._is_up():
                 self._resume(transfer)
-            self._loop.call_later(OFFER_LIMIT, self._ask_again, transfer)
+            self._set_timer(transfer, OFFER_LIMIT, self._ask_again)
+
+    def _set_timer(self, transfer: Transfer, delay: float, action: Callable[[Transfer], None]) -> None:
+        if transfer.timer is not None:
+            transfer.timer.cancel()
+        transfer.timer = self._loop.call_later(delay, action, transfer)
 
     def _start_doubt(self) -> None:
         if self._doubt is None and self._by_token:
@@ -219,6 +224,8 @@ class Transfers:
     def _forget(self, transfer: Transfer) -> None:
         self._by_token.pop(transfer.token, None)
         self._by_cookie.pop(transfer.cookie, None)
+        if transfer.timer is not None:
+            transfer.timer.cancel()
 
     def _finish(self, transfer: Transfer, outcome: Outcome) -> None:
         if outcome.outcome != "offloaded":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
@@ -61,6 +62,7 @@ class Connection:
     started: float = field(default_factory=time.monotonic)
     parting: tuple[Header, bytes] | None = None
     fin: bytes = b""
+    timer: asyncio.TimerHandle | None = None
 
     @property
     def token(self) -> str:

@@ -269,7 +269,7 @@ class Guests:
         except (HandoffError, OSError) as error:
             self._client_gone(connection, getattr(error, "errno", 0) or errno.ECONNRESET)
             return
-        self._loop.call_later(RETURN_LIMIT, self._never_came_home, connection)
+        connection.timer = self._loop.call_later(RETURN_LIMIT, self._never_came_home, connection)
 
     def _never_came_home(self, connection: Connection) -> None:
         if connection.state is Host.RETURNING:
@@ -312,6 +312,8 @@ class Guests:
     def _forget(self, connection: Connection) -> None:
         connection.guest.connections.pop(connection.token, None)
         self._by_cookie.pop(connection.cookie, None)
+        if connection.timer is not None:
+            connection.timer.cancel()
 
     # Packets that frozen sockets did not take.
 

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job over three namespaces: real requests, every answer hashed, in every mode and on every kind of network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.client import make_content
+from tests.namespaces.deployment import ROOT, Deployment, deployed, wait_for
+from tests.namespaces.topology import Network, bridged, routed
+
+pytestmark = pytest.mark.root
+
+SIZES = (0, 1, 4096, 65_535, 65_536, 100_000, 288_600, 1_400_000, 10_500_000, 64_000_000)
+TOPOLOGIES = {"routed": routed, "bridged": bridged}
+REQUESTS, CONNECTIONS = 1250, 50
+
+
+@pytest.fixture(scope="module")
+def share(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("share")
+    make_content(str(folder), SIZES)
+    return folder
+
+
+def assert_offloaded(deployment: Deployment, *, least: float = 0.99) -> None:
+    """Of the transfers above the threshold nearly all went through the host, and all came home."""
+    counters = deployment.counters()
+    local = {reason: count for reason, count in counters["local"].items() if reason != "too_small"}
+    assert counters["failed"] == 0
+    assert counters["offloaded"] >= least * (counters["offloaded"] + sum(local.values())), local
+    wait_for(lambda: not deployment.call("connections")["connections"], "all connections home")
+    machine = deployment.machine()
+    assert machine["handed_out"] == machine["handed_back"]
+
+
+def assert_nothing_left(deployment: Deployment) -> None:
+    """No redirect outlives its connection."""
+    table = deployment.network.host.run("conntrack", "-L")
+    assert "mark=139" not in table.replace("mark=1397489664", "mark=139"), table
+
+
+@pytest.mark.parametrize("family", [4, 6], ids=["ipv4", "ipv6"])
+@pytest.mark.parametrize("mode", ["nat", "transparent"])
+@pytest.mark.parametrize("topology", sorted(TOPOLOGIES))
+def test_every_byte_of_many_requests(topology: str, mode: str, family: int, share: Path, tmp_path: Path) -> None:
+    with TOPOLOGIES[topology]() as network, deployed(network, tmp_path, share, mode=mode) as deployment:
+        report = deployment.load(requests=REQUESTS, connections=CONNECTIONS, family=family)
+        assert report["errors"] == 0, report["first_errors"]
+        assert_offloaded(deployment)
+        assert_nothing_left(deployment)
+
+
+MANY = """
+import socket, sys
+from concurrent.futures import ThreadPoolExecutor
+host, count, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+socks = [socket.create_connection((host, 80), timeout=60) for _ in range(count)]
+for sock in socks:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+request = f"GET /{size}.bin HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n".encode()
+for sock in socks:
+    sock.sendall(request)
+print("asked", flush=True)
+sys.stdin.readline()
+def drain(sock):
+    data = b""
+    while b"\\r\\n\\r\\n" not in data:
+        data += sock.recv(1 << 16)
+    got = len(data) - data.index(b"\\r\\n\\r\\n") - 4
+    while got < size:
+        piece = sock.recv(1 << 18)
+        if not piece:
+            return 0
+        got += len(piece)
+    sock.sendall(b"HEAD /1.bin HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+    return got if sock.recv(12).startswith(b"HTTP/1.1 200") else 0
+with ThreadPoolExecutor(16) as pool:
+    print(sum(n == size for n in pool.map(drain, socks)), flush=True)
+"""
+
+
+def test_a_thousand_out_at_once_and_all_home_again(share: Path, tmp_path: Path) -> None:
+    count, size = 1000, 1_400_000
+    with routed() as network, deployed(network, tmp_path, share) as deployment:
+        argv = ["ip", "netns", "exec", network.client.name, sys.executable, "-c", MANY, "10.77.1.2", str(count), str(size)]
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as client:
+            assert client.stdin is not None and client.stdout is not None
+            assert client.stdout.readline() == "asked\n"
+            wait_for(lambda: deployment.machine()["connections_out"] == count, "a thousand out", patience=60)
+            client.stdin.write("go\n")
+            client.stdin.flush()
+            assert int(client.stdout.readline()) == count
+        assert_offloaded(deployment)
+
+
+def _open_files(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def _resident_kib(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0])
+
+
+def test_handoffs_leave_memory_and_descriptors_where_they_were(network_small: tuple[Network, Deployment]) -> None:
+    _, deployment = network_small
+    pid = deployment.status()["pid"]
+    deployment.load(requests=3000, connections=20, seed=1)
+    wait_for(lambda: not deployment.call("connections")["connections"], "all home")
+    before = _open_files(pid), _resident_kib(pid)
+    for seed in (2, 3, 4):
+        deployment.load(requests=3000, connections=20, seed=seed)
+    wait_for(lambda: not deployment.call("connections")["connections"], "all home")
+    after = _open_files(pid), _resident_kib(pid)
+    assert after[0] <= before[0] + 1
+    assert after[1] <= before[1] * 1.2 + 8192, (before, after)
+
+
+@pytest.fixture
+def network_small(tmp_path: Path) -> Iterator[tuple[Network, Deployment]]:
+    folder = tmp_path / "small"
+    make_content(str(folder), (66_000, 70_000))
+    with routed() as network, deployed(network, tmp_path, folder) as deployment:
+        yield network, deployment
+
+
+def test_hand_back_by_the_operator(share: Path, tmp_path: Path) -> None:
+    """The operator takes a transfer home in the middle of a file; the client sees the rest come from the guest."""
+    with routed() as network, deployed(network, tmp_path, share) as deployment:
+        url = "http://10.77.1.2/64000000.bin"
+        argv = ["ip", "netns", "exec", network.client.name, "curl", "-sf", "--limit-rate", "20M", "-o", "-", url]
+        with subprocess.Popen([*argv], stdout=subprocess.PIPE) as curl:
+            wait_for(lambda: deployment.call("connections")["connections"], "the transfer")
+            assert deployment.call("hand_back", machine="guest")["handed_back"] == 1
+            assert curl.stdout is not None
+            assert curl.stdout.read() == (share / "64000000.bin").read_bytes()
+        counters = json.loads(json.dumps(deployment.counters()))
+        assert counters["local"].get("handed_back_by_operator") == 1, counters
