@@ -66,6 +66,16 @@ def _base(cache: Path, *, progress: Progress) -> Path:
 
 
 def _kernel(cache: Path, *, series: str, progress: Progress) -> kernels.Kernel:
+    try:
+        return _fetch_kernel(cache, series=series, progress=progress)
+    except BuildError as error:
+        # The lists may name a version that the archive has replaced meanwhile.
+        progress(f"fetching apt's package lists anew: {error}")
+        packages.refresh()
+        return _fetch_kernel(cache, series=series, progress=progress)
+
+
+def _fetch_kernel(cache: Path, *, series: str, progress: Progress) -> kernels.Kernel:
     package, version = packages.newest_kernel(series)
     path = cache / f"kernel-{package}_{version}-{_key(_text(RECIPE / 'kernel.py'))}"
     with _layer(path) as (directory, missing):

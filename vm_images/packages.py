@@ -15,8 +15,23 @@ KERNEL_PACKAGES = {
 }
 
 
+def refresh() -> None:
+    """Fetch apt's package lists anew: a machine may have none, or ones that name packages that are gone."""
+    run(["apt-get", "-qq", "update"])
+
+
 def debian_sources() -> list[str]:
     """This machine's Debian sources as one-line entries; other origins do not belong into a guest."""
+    entries = _known_sources()
+    if not entries:
+        refresh()
+        entries = _known_sources()
+    if not entries:
+        raise BuildError(f"apt knows no Debian {SUITE} source: look at /etc/apt/sources.list.d")
+    return entries
+
+
+def _known_sources() -> list[str]:
     fields = "$(ORIGIN)|$(RELEASE)|$(REPO_URI)|$(COMPONENT)|$(SIGNED_BY)"
     entries: set[str] = set()
     for line in run(["apt-get", "indextargets", "--format", fields, "Created-By: Packages"]).splitlines():
@@ -25,8 +40,6 @@ def debian_sources() -> list[str]:
             continue
         option = f" [signed-by={key}]" if key.startswith("/") else ""
         entries.add(f"deb{option} {address} {release} {component}")
-    if not entries:
-        raise BuildError(f"apt knows no Debian {SUITE} source: run 'apt-get update' and look at /etc/apt")
     return sorted(entries)
 
 
