@@ -133,7 +133,8 @@ def ratio(rows: Sequence[dict[str, Any]], phase: str, size: int) -> float:
 def longest_stall(rows: Sequence[dict[str, Any]]) -> float:
     """Milliseconds that the unluckiest offloaded small request waited for a piece."""
     chosen = (row for row in rows if (row["phase"], row["side"]) == ("latency", "offload"))
-    return max(wait for row in chosen for wait in row["longest_waits_us"]) / 1e3
+    longest: float = max(wait for row in chosen for wait in row["longest_waits_us"])
+    return longest / 1e3
 
 
 def judge(rows: Sequence[dict[str, Any]], counters: dict[str, Any]) -> list[Bar]:
