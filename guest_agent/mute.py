@@ -2,7 +2,7 @@
 """A place-holder must not speak: its timers still run, and a retransmission of bytes that the host sends now would show the
 client a second owner.
 
-One policy rule per family drops what carries MARK (`ip rule add fwmark 0x534c0002 blackhole`, rtnetlink(7)), and a socket is
+One policy rule per family drops what carries MARK (`ip rule add fwmark 0x534c0003 blackhole`, rtnetlink(7)), and a socket is
 muted by giving it that SO_MARK: one system call, which also makes the kernel forget the socket's cached route."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 
-MARK = 0x534C0002
+MARK = 0x534C0003
 PRIORITY = 21324
 """Of the rule: after the local table, before the main one."""
 

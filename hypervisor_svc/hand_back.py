@@ -106,4 +106,4 @@ class HandBack:
         """Remove the redirect of a connection that is over."""
         if connection.endpoint is not None:
             with contextlib.suppress(OSError, HandoffError):
-                self._redirect.unredirect(connection.flow, connection.endpoint)
+                self._redirect.forget(connection.flow, connection.endpoint)
