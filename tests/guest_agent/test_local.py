@@ -66,21 +66,21 @@ def test_offsets_beyond_four_gigabytes(pair: tuple[socket.socket, socket.socket]
 def test_a_timeout_is_for_progress(pair: tuple[socket.socket, socket.socket], tmp_path: Path) -> None:
     """A client that reads a little now and then keeps the transfer alive; one that stops ends it."""
     with open(tmp_path / "file", "w+b") as file:
-        file.truncate(16 << 20)
+        file.truncate(128 << 20)
         pair[0].settimeout(0.2)
         pair[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
         stop = time.monotonic() + 0.5
 
         def read_slowly() -> None:
             while time.monotonic() < stop:
-                pair[1].recv(4 << 20)
+                pair[1].recv(1 << 16)
                 time.sleep(0.02)
 
         reader = threading.Thread(target=read_slowly, daemon=True)
         reader.start()
         began = time.monotonic()
         with pytest.raises(TimeoutError):
-            local.send(pair[0], file, 0, 16 << 20)
+            local.send(pair[0], file, 0, 128 << 20)
         assert time.monotonic() - began > 0.5
         reader.join()
 
