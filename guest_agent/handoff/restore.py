@@ -22,6 +22,7 @@ _TCP, _SOL = socket.IPPROTO_TCP, socket.SOL_SOCKET
 _setsockopt = socket.socket.setsockopt
 _OVERHEAD = 65536
 _SMALLEST_CHUNK = 256
+_LEAST_MAXSEG, _MOST_MAXSEG = 88, 32767  # TCP_MIN_MSS and MAX_TCP_WINDOW of the kernel
 TIMESTAMP_STEP = 2
 """The lowest bit of TCP_TIMESTAMP is a flag (tcp_usec_ts), so a stamp is rounded up: it must never go back (PAWS,
 RFC 7323 section 5)."""
@@ -108,6 +109,9 @@ def _connect(sock: socket.socket, snapshot: Snapshot, local: Endpoint) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
+    # connect() computes the segment size once, from this or from a default of 536 (tcp_connect_init, tcp_sync_mss): what
+    # TCP_REPAIR_OPTIONS says afterwards is only a limit, and the connection would go on in small segments.
+    _setsockopt(sock, _TCP, socket.TCP_MAXSEG, min(max(snapshot.mss, _LEAST_MAXSEG), _MOST_MAXSEG))
     sock.connect((prefix + snapshot.peer.address, snapshot.peer.port))
 
 
