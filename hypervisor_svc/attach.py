@@ -109,7 +109,11 @@ def channel_element() -> ET.Element:
 
 
 def share_element(share: Path, *, read_only: bool) -> ET.Element:
-    """The folder as a 9p file system with our mount tag."""
+    """The folder as a 9p file system with our mount tag.
+
+    QEMU must not renumber inodes (multidevs="remap"): by the number the service knows that the file it opens is
+    the one that the guest has open.
+    """
     filesystem = ET.Element("filesystem", type="mount", accessmode="passthrough")
     ET.SubElement(filesystem, "source", dir=str(share))
     ET.SubElement(filesystem, "target", dir=SHARE_TAG)
