@@ -28,12 +28,12 @@ class _State:
     config_path: str | None = None
 
 
-def fail(message: str, hint: str = "") -> typer.Exit:
-    """Say what is wrong and what to do; the exit to raise."""
+def fail(message: str, hint: str = "", *, code: int = 1) -> typer.Exit:
+    """Say what is wrong and what to do; the exit to raise. `code` 2 is for a command that was typed wrong."""
     typer.echo(f"streamlift: {message}", err=True)
     if hint:
         typer.echo(f"  {hint}", err=True)
-    return typer.Exit(1)
+    return typer.Exit(code)
 
 
 def _config() -> Config:
@@ -123,7 +123,7 @@ def hand_back(
 ) -> None:
     """Send connections home at once; the guest's server sends the rest itself."""
     if (token is None) == (not everything):
-        raise fail("say which: a token, or --all", f"streamlift hand-back --all {domain}")
+        raise fail("say which: a token, or --all", f"streamlift hand-back --all {domain}", code=2)
     result = _ask("hand_back", machine=domain, token=token)
     typer.echo(f"{result['handed_back']} connections are on their way home")
 
@@ -148,7 +148,7 @@ def deploy(
 
     for value, allowed in ((accelerator, ("auto", "kvm", "tcg")), (mode, ("routed", "bridged")), (kernel, ("6.1", "6.12"))):
         if value not in allowed:
-            raise fail(f"{value!r} is none of {', '.join(allowed)}")
+            raise fail(f"{value!r} is none of {', '.join(allowed)}", code=2)
     with _libvirt() as connection:
         image = build(kernel, progress=lambda line: typer.echo(line, err=True))
         wanted = Deployment(

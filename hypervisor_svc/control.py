@@ -66,12 +66,32 @@ class ControlServer:
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:
             request = json.loads(line)
-            handler = self._handlers.get(request["command"])
-            if handler is None:
-                return {"ok": False, "error": f"no command {request['command']!r}", "hint": ", ".join(self._handlers)}
-            return {"ok": True, "result": handler(request)}
-        except (ValueError, KeyError, TypeError) as error:
-            return {"ok": False, "error": str(error), "hint": ""}
+        except (ValueError, RecursionError):
+            return _refusal("a request is one JSON object a line")
+        command = request.get("command") if isinstance(request, dict) else None
+        if not isinstance(command, str):
+            return _refusal('a request is one JSON object with a "command"')
+        handler = self._handlers.get(command)
+        if handler is None:
+            return _refusal(f"no command {command!r}", "there are: " + ", ".join(self._handlers))
+        return _run(handler, request)
+
+
+def _refusal(message: str, hint: str = "") -> dict[str, Any]:
+    return {"ok": False, "error": message, "hint": hint}
+
+
+def _run(handler: Handler, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"ok": True, "result": handler(request)}
+    except KeyError as error:
+        return _refusal(f"the request has no {error.args[0]!r}")
+    except (ValueError, TypeError) as error:
+        return _refusal(str(error))
+    except Exception:
+        # An operator's question must not cost the service anything; the whole story is for the log.
+        log.exception("command %r failed", request["command"])
+        return _refusal("the service failed to answer", "its log says why")
 
 
 def call(path: str, command: str, **arguments: Any) -> dict[str, Any]:

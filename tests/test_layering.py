@@ -19,7 +19,8 @@ TOP_LEVEL = {
 
 
 def tracked() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    command = ["git", "-c", "safe.directory=*", "ls-files"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if not listed:
         pytest.fail("not a git checkout")
     return [ROOT / name for name in listed if (ROOT / name).exists()]

@@ -56,8 +56,14 @@ def test_a_bad_configuration_is_said_with_its_line(tmp_path: Path) -> None:
 
 def test_hand_back_needs_a_token_or_all(tmp_path: Path) -> None:
     result = invoke("--config", config_in(tmp_path), "hand-back", "vm1")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "--all" in result.output
+
+
+def test_a_value_that_is_not_allowed_is_a_usage_error(tmp_path: Path) -> None:
+    result = invoke("deploy", "vm1", "--share", str(tmp_path), "--mode", "flying")
+    assert result.exit_code == 2
+    assert "'flying' is none of routed, bridged" in result.output
 
 
 @contextmanager
