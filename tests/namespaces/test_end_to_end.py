@@ -63,7 +63,7 @@ from concurrent.futures import ThreadPoolExecutor
 host, count, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 socks = [socket.create_connection((host, 80), timeout=60) for _ in range(count)]
 for sock in socks:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
 request = f"GET /{size}.bin HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n".encode()
 for sock in socks:
     sock.sendall(request)
