@@ -5,6 +5,7 @@ The file comes as an open descriptor: that the application could open it is its 
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ MOUNTS = "/proc/self/mounts"
 
 @dataclass(frozen=True)
 class SharedFile:
-    """A file as the host knows it: path relative to the share's root, inode number and size in bytes as seen here."""
+    """A file as the host knows it: path relative to the share's root, the host's inode number, and size in bytes."""
 
     path: str
     inode: int
@@ -38,5 +39,19 @@ def locate(file_fd: int, shares: tuple[str, ...]) -> SharedFile:
     path = os.readlink(f"/proc/self/fd/{file_fd}")
     for share in shares:
         if path.startswith(share.rstrip("/") + "/") and not path.endswith(" (deleted)"):
-            return SharedFile(path[len(share.rstrip("/")) + 1 :], status.st_ino, status.st_size)
+            return SharedFile(path[len(share.rstrip("/")) + 1 :], _host_inode(status), status.st_size)
     raise NotMovable(Reason.NOT_ON_SHARE, f"{path} is not on a share of the host ({', '.join(shares) or 'none mounted'})")
+
+
+def _host_inode(status: os.stat_result) -> int:
+    """The host's number: Linux's 9p client shows each of them plus 2, so that none is 0 (fs/9p: v9fs_qid2ino, QID2INO)."""
+    return status.st_ino - 2 if _is_9p(status.st_dev) else status.st_ino
+
+
+@functools.lru_cache(maxsize=64)
+def _is_9p(device: int) -> bool:
+    """By the mount table: statfs(2) on 9p reports the type of the host's file system."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        rows = [line.split(" ") for line in table]
+    return any(row[2] == wanted and row[row.index("-") + 1] == "9p" for row in rows)
