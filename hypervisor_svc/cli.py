@@ -73,16 +73,21 @@ def _libvirt() -> Iterator[Any]:
         connection.close()
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"streamlift {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     config: Annotated[str | None, typer.Option(help="Configuration file (TOML).", metavar="FILE")] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Serve VMs' client connections from the hypervisor."""
     _State.config_path = config
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
 
 
 @app.command()

@@ -20,6 +20,7 @@ log = logging.getLogger("streamlift.control")
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
 MAX_LINE = 1 << 16
 CALL_TIMEOUT = 30.0
+STARTING = "start it: systemctl start streamlift, or without systemd: streamlift serve"
 
 
 class ControlError(Exception):
@@ -104,7 +105,7 @@ def call(path: str, command: str, **arguments: Any) -> dict[str, Any]:
             with connection.makefile("rb") as lines:
                 reply: dict[str, Any] = json.loads(lines.readline() or b"{}")
     except (FileNotFoundError, ConnectionError):
-        raise ControlError(f"the service does not answer at {path}", "start it: systemctl start streamlift") from None
+        raise ControlError(f"the service does not answer at {path}", STARTING) from None
     except PermissionError:
         raise ControlError(f"you may not open {path}", "run the command as root") from None
     except (OSError, ValueError) as error:

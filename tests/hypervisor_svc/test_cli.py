@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from hypervisor_svc import __version__
 from hypervisor_svc.cli import app
 from hypervisor_svc.control import ControlError, ControlServer, call
 
@@ -22,6 +23,12 @@ COMMANDS = ("serve", "deploy", "undeploy", "attach", "status", "connections", "h
 
 def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_version_needs_no_command() -> None:
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert result.output == f"streamlift {__version__}\n"
 
 
 def test_help_lists_every_command() -> None:
