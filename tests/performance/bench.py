@@ -131,10 +131,10 @@ def show(report: Report, tables: Sequence[Table] = ()) -> None:
 
 
 def finish(report: Report, options: argparse.Namespace, tables: Sequence[Table] = ()) -> int:
-    """Print, write the JSON; the exit status."""
-    show(report, tables)
+    """Write the JSON, print; the exit status."""
     if options.json:
         options.json.write_text(json.dumps(report.as_json(), indent=1, allow_nan=True) + "\n")
+    show(report, tables)
     return report.exit_status
 
 
