@@ -48,8 +48,8 @@ class HandBack:
 
     def _extract(self, connection: Connection) -> Snapshot:
         assert connection.sock is not None
-        snapshot = extract(connection.sock, before_fin=True)
         original = connection.job.snapshot
+        snapshot = extract(connection.sock, before_fin=True, options=original.options)
         state = connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         if state == kernel.CLOSE_WAIT:  # the FIN comes again without a timestamp: we do not know the client's clock
             connection.fin = fin_segment(
@@ -79,9 +79,9 @@ class HandBack:
 
     def release(self, connection: Connection) -> None:
         """From here the guest owns the connection."""
+        connection.guest.send({"type": "released", "token": connection.token})
         connection.close()
         connection.move(Host.GONE)
-        connection.guest.send({"type": "released", "token": connection.token})
         for segment in connection.held:
             self._injector.inject(connection.flow, segment)
         if connection.fin:

@@ -20,6 +20,7 @@ class Stream:
     def __init__(self, fd: int, *, on_data: Callable[[bytes], None], on_lost: Callable[[], None]) -> None:
         self._fd, self._on_data, self._on_lost = fd, on_data, on_lost
         self._backlog = bytearray()
+        self._buffer = bytearray(READ_SIZE)
         self._loop = asyncio.get_running_loop()
         os.set_blocking(fd, False)
         self._loop.add_reader(fd, self._readable)
@@ -80,7 +81,7 @@ class Stream:
 
     def _readable(self) -> None:
         try:
-            data = os.read(self._fd, READ_SIZE)
+            data = bytes(memoryview(self._buffer)[: os.readv(self._fd, [self._buffer])])
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
