@@ -20,6 +20,8 @@ HELLO_INTERVAL = 0.2
 REOPEN_INTERVAL = 0.1
 PING_INTERVAL = 5.0
 SILENCE_LIMIT = 15.0
+STALL_LIMIT = 2.0
+"""Seconds for one frame: longer, and its sender died in the middle of it."""
 
 
 class Channel:
@@ -32,7 +34,7 @@ class Channel:
         self._session = Session(about)
         self._stream: Stream | None = None
         self._listener: socket.socket | None = None
-        self._heard = 0.0
+        self._heard = self._progress = 0.0
         self._up = False
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
@@ -94,7 +96,7 @@ class Channel:
     def _begin(self, fd: int) -> None:
         self._stream = Stream(fd, on_data=self._received, on_lost=self._lost)
         self._session.start()
-        self._heard = self._loop.time()
+        self._heard = self._progress = self._loop.time()
         self._flush()
         self._schedule()
 
@@ -106,9 +108,11 @@ class Channel:
     def _tick(self) -> None:
         if self._stream is None:
             return
-        if self._up and self._loop.time() - self._heard > SILENCE_LIMIT:
+        stalled = self._session.stalled() and self._loop.time() - self._progress > STALL_LIMIT
+        if stalled or (self._up and self._loop.time() - self._heard > SILENCE_LIMIT):
             self._set_down()
             self._session.start()
+            self._heard = self._progress = self._loop.time()
         elif self._up:
             self._session.send({"type": "ping"})
         elif not self._stream.backlog:
@@ -119,6 +123,7 @@ class Channel:
     def _received(self, data: bytes) -> None:
         self._heard = self._loop.time()
         for event in self._session.receive(data):
+            self._progress = self._heard
             if isinstance(event, Established):
                 self._set_down()
                 self._up = True
@@ -129,6 +134,8 @@ class Channel:
         if self._up and not self._session.established:
             self._set_down()
         self._flush()
+        if not self._session.stalled():
+            self._progress = self._heard
         if not self._up:
             self._schedule()
 

@@ -20,7 +20,8 @@ log = logging.getLogger("streamlift.channel")
 
 CONNECT_INTERVAL = 0.2
 HELLO_INTERVAL = 0.25
-STALL_LIMIT = 0.5
+STALL_LIMIT = 2.0
+"""Seconds for one frame: longer, and its sender died in the middle of it."""
 PING_INTERVAL = 5.0
 SILENCE_LIMIT = 15.0
 
@@ -44,9 +45,10 @@ class Channel:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._resume: asyncio.TimerHandle | None = None
-        self._heard = 0.0
+        self._heard = self._progress = 0.0
         self.state = "down"
         self.violations = 0
+        self._was_stalled = False
 
     def start(self) -> None:
         """Connect, and connect again whenever the channel is lost."""
@@ -61,7 +63,7 @@ class Channel:
             return
         self._stream = Stream(connection.detach(), on_data=self._received, on_lost=self._lost)
         self.state = "up"
-        self._heard = self._loop.time()
+        self._heard = self._progress = self._loop.time()
         self._session.start()
         self._flush()
         self._schedule()
@@ -96,7 +98,7 @@ class Channel:
         if self._stream is None:
             return
         silent = self._loop.time() - self._heard
-        stalled = self._session.stalled() and silent >= STALL_LIMIT
+        stalled = self._session.stalled() and self._loop.time() - self._progress >= STALL_LIMIT
         if stalled or (self.state == "hello" and silent > SILENCE_LIMIT):
             self._restart_session()
         elif self.state == "hello":
@@ -109,17 +111,22 @@ class Channel:
     def _restart_session(self) -> None:
         self._set_down("up")
         self._session.start()
+        self._progress = self._loop.time()
 
     def _received(self, data: bytes) -> None:
         self._heard = self._loop.time()
         for event in self._session.receive(data):
+            self._progress = self._heard
             self._one(event)
+        if not self._session.stalled():
+            self._progress = self._heard
         if self.state == "hello" and not self._session.established:
             self._set_down("up")
         self._flush()
         self._limit_flood()
-        if self._session.stalled() or self.state != "hello":
+        if (self._session.stalled() and not self._was_stalled) or self.state != "hello":
             self._schedule()
+        self._was_stalled = self._session.stalled()
 
     def _one(self, event: Event) -> None:
         self._frames += 1

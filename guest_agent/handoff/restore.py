@@ -43,6 +43,7 @@ def restore_fresh(
         _setsockopt(sock, _TCP, kernel.TCP_REPAIR, kernel.REPAIR_ON)
         hold.attach(sock, keep)
         _continue(sock, snapshot, bind or snapshot.local)
+        apply_options(sock, snapshot.options)
         if mark:
             _setsockopt(sock, _SOL, socket.SO_MARK, mark)
     except BaseException:
@@ -53,11 +54,14 @@ def restore_fresh(
 
 def restore_in_place(sock: socket.socket, snapshot: Snapshot, *, silent: bool = False) -> None:
     """Rebuild `snapshot` inside a frozen socket. With `silent` the queues stay empty: a place-holder with nothing to
-    retransmit. Raises OSError; the socket is then closed (TCP_CLOSE) but its descriptor valid, and may be tried again."""
+    retransmit. The socket's options are still its own (tcp_disconnect keeps them). Raises OSError; the socket is then closed (TCP_CLOSE) but its descriptor valid, and may be tried again."""
     kernel.disconnect(sock.fileno())
     sock.getsockopt(_SOL, socket.SO_ERROR)  # ECONNABORTED of our own disconnect
     _setsockopt(sock, _SOL, socket.SO_MARK, snapshot.options.mark)  # the route is looked up with it
     _continue(sock, snapshot, snapshot.local, silent=silent)
+    _setsockopt(sock, _SOL, kernel.SO_BUF_LOCK, snapshot.options.buffer_lock)
+    if snapshot.options.keepalive and not silent:
+        _setsockopt(sock, _SOL, socket.SO_KEEPALIVE, 1)
 
 
 def send_unsent(sock: socket.socket, snapshot: Snapshot) -> None:
@@ -81,7 +85,6 @@ def _continue(sock: socket.socket, snapshot: Snapshot, local: Endpoint, *, silen
         _fill(sock, kernel.SEND_QUEUE, snapshot.unacked)
     _set_window(sock, snapshot, silent=silent)
     _setsockopt(sock, _TCP, kernel.TCP_REPAIR_QUEUE, kernel.NO_QUEUE)
-    apply_options(sock, snapshot.options)
 
 
 def _make_transparent(sock: socket.socket) -> None:

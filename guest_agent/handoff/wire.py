@@ -3,9 +3,10 @@
 
 A frame::
 
-    "SLF1" | tag, 8 bytes | header length, u32 | body length, u32 | CRC-32 of both, u32 | header: JSON object | body: raw
+    "SLF1" | tag, 8 bytes | header length, u32 | body length, u32 | CRC-32 of both, u32 | CRC-32 of all so far, u32
+    header: JSON object | body: raw
 
-(big endian; the checksum is there because a new program's first bytes may complete a dead one's last frame).
+(big endian; the checksums are there because a new program's first bytes may complete a dead one's last frame).
 The channel is a byte stream that survives the programs at its ends, so either may come up in the middle of the other's
 frame. Each end draws a random nonce; a frame carries its *receiver's* nonce as its tag, so bytes of an earlier life are
 never taken for a frame, and neither are bytes that a client placed in a queue: it cannot know the nonce. Only a hello has
@@ -33,7 +34,8 @@ from guest_agent.handoff.snapshot import MAX_QUEUE
 
 VERSION = 1
 MAGIC = b"SLF1"
-PREFIX = struct.Struct(">4s8sIII")
+PREFIX = struct.Struct(">4s8sIIII")
+_CHECKED = struct.Struct(">4s8sIII")
 MAX_HEADER = 16 << 10
 MAX_BODY = MAX_QUEUE + (1 << 20)
 HELLO_TAG = bytes(8)
@@ -75,7 +77,8 @@ def encode_frame(tag: bytes, header: Header, body: bytes = b"") -> bytes:
     raw = _dumps(header).encode("ascii")
     if len(raw) > MAX_HEADER or len(body) > MAX_BODY:
         raise ValueError(f"frame too large: header {len(raw)}, body {len(body)} bytes")
-    return PREFIX.pack(MAGIC, tag, len(raw), len(body), crc32(body, crc32(raw))) + raw + body
+    checked = _CHECKED.pack(MAGIC, tag, len(raw), len(body), crc32(body, crc32(raw)))
+    return b"".join((checked, crc32(checked).to_bytes(4, "big"), raw, body))
 
 
 def _parse_header(raw: bytes) -> Header:
@@ -140,8 +143,8 @@ class Session:
                 return
             if len(self._buffer) < PREFIX.size:
                 return
-            magic, tag, header_length, body_length, checksum = PREFIX.unpack_from(self._buffer)
-            fault = self._fault(magic, tag, header_length, body_length)
+            _, tag, header_length, body_length, checksum, _ = PREFIX.unpack_from(self._buffer)
+            fault = self._fault(bytes(self._buffer[: PREFIX.size]))
             if fault:
                 yield self._lose_sync(fault)
                 continue
@@ -160,8 +163,9 @@ class Session:
         """Whether part of a frame is waiting for its rest."""
         return bool(self._buffer)
 
-    def _fault(self, magic: bytes, tag: bytes, header_length: int, body_length: int) -> str:
-        if magic != MAGIC:
+    def _fault(self, prefix: bytes) -> str:
+        magic, tag, header_length, body_length, _, check = PREFIX.unpack(prefix)
+        if magic != MAGIC or crc32(prefix[: _CHECKED.size]) != check:
             return "no frame where one should begin"
         if tag not in (HELLO_TAG, self.nonce):
             return "a frame of another session"
@@ -175,7 +179,7 @@ class Session:
         while (at := self._buffer.find(MAGIC, at)) >= 0:
             if len(self._buffer) - at < PREFIX.size:
                 break
-            if not self._fault(*PREFIX.unpack_from(self._buffer, at)[:4]):
+            if not self._fault(bytes(self._buffer[at : at + PREFIX.size])):
                 self._scanning = False
                 break
             at += 1

@@ -15,7 +15,6 @@ from guest_agent.handoff.wire import (
     HELLO_TAG,
     MAX_BODY,
     MAX_HEADER,
-    PREFIX,
     Established,
     Event,
     Message,
@@ -27,8 +26,14 @@ from guest_agent.handoff.wire import (
 
 def test_golden_frame() -> None:
     header = b'{"type":"late","token":"00"}'
-    expected = b"SLF1" + bytes(range(8)) + struct.pack(">III", len(header), 3, crc32(header + b"abc")) + header + b"abc"
+    start = b"SLF1" + bytes(range(8)) + struct.pack(">III", len(header), 3, crc32(header + b"abc"))
+    expected = start + struct.pack(">I", crc32(start)) + header + b"abc"
     assert encode_frame(bytes(range(8)), {"type": "late", "token": "00"}, b"abc") == expected
+
+
+def prefix(tag: bytes, header_length: int, body_length: int, checksum: int) -> bytes:
+    start = b"SLF1" + tag + struct.pack(">III", header_length, body_length, checksum)
+    return start + struct.pack(">I", crc32(start))
 
 
 def test_caps_are_for_the_sender_too() -> None:
@@ -114,7 +119,7 @@ def test_other_versions_are_named(version: object) -> None:
 def test_oversized_frames_cost_the_session_not_the_memory() -> None:
     line = Line()
     line.run()
-    huge = PREFIX.pack(b"SLF1", line.host.nonce, MAX_HEADER, 0xFFFFFFFF, 0)
+    huge = prefix(line.host.nonce, MAX_HEADER, 0xFFFFFFFF, 0)
     (event,) = line.host.receive(huge)
     assert isinstance(event, Violation) and event.lost_sync
 
@@ -123,7 +128,7 @@ def test_a_bad_header_costs_one_frame() -> None:
     line = Line()
     line.run()
     raw = b"[1]"
-    frame = PREFIX.pack(b"SLF1", line.host.nonce, len(raw), 0, crc32(raw)) + raw
+    frame = prefix(line.host.nonce, len(raw), 0, crc32(raw)) + raw
     (event,) = line.host.receive(frame)
     assert isinstance(event, Violation) and not event.lost_sync and line.host.established
 
