@@ -54,7 +54,8 @@ def restore_fresh(
 
 def restore_in_place(sock: socket.socket, snapshot: Snapshot, *, silent: bool = False) -> None:
     """Rebuild `snapshot` inside a frozen socket. With `silent` the queues stay empty: a place-holder with nothing to
-    retransmit. The socket's options are still its own (tcp_disconnect keeps them). Raises OSError; the socket is then closed (TCP_CLOSE) but its descriptor valid, and may be tried again."""
+    retransmit. The socket's options are still its own (tcp_disconnect keeps them). Raises OSError; the socket is then
+    closed (TCP_CLOSE) but its descriptor valid, and may be tried again."""
     kernel.disconnect(sock.fileno())
     sock.getsockopt(_SOL, socket.SO_ERROR)  # ECONNABORTED of our own disconnect
     _setsockopt(sock, _SOL, socket.SO_MARK, snapshot.options.mark)  # the route is looked up with it
