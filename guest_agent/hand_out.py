@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from guest_agent.handoff import kernel
+from guest_agent.handoff import fault, kernel
 from guest_agent.handoff.errors import HandoffError, HostError, Reason
 from guest_agent.handoff.extract import check_movable, extract
 from guest_agent.handoff.freeze import freeze, thaw
@@ -61,6 +61,7 @@ class Transfer:
     def move(self, to: Guest) -> None:
         """Go to another state of the table in `handoff/state.py`."""
         self.state = move_guest(self.state, to)
+        fault.reach(f"guest:{to.value}")
 
 
 def begin(transfer: Transfer, keep: Hold | None, send: Send) -> None:
@@ -68,8 +69,8 @@ def begin(transfer: Transfer, keep: Hold | None, send: Send) -> None:
     check_movable(transfer.sock)
     transfer.cookie = int.from_bytes(transfer.sock.getsockopt(socket.SOL_SOCKET, kernel.SO_COOKIE, 8), "little")
     freeze(transfer.sock, keep)
-    transfer.move(Guest.FROZEN)
     try:
+        transfer.move(Guest.FROZEN)
         transfer.snapshot = extract(transfer.sock)
         mute(transfer.sock)
         offer(transfer, send)
