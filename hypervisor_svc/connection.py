@@ -58,6 +58,7 @@ class Connection:
     reason: Reason | None = None
     message: str = ""
     errno: int = 0
+    cold: bool = False
     held: list[bytes] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     parting: tuple[Header, bytes] | None = None

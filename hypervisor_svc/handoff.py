@@ -7,16 +7,19 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from dataclasses import replace
 
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import HandoffError, HostError, Reason
 from guest_agent.handoff.freeze import thaw
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.restore import restore_fresh, send_unsent
+from guest_agent.handoff.snapshot import Snapshot
 from guest_agent.handoff.state import Host
 from hypervisor_svc.connection import Connection, Durations
 from hypervisor_svc.policy import open_file
 from hypervisor_svc.redirect import SOCKET_MARK, Redirect
+from hypervisor_svc.serve import COLD_CONGESTION, paces
 
 
 class Handoff:
@@ -61,15 +64,14 @@ class Handoff:
         connection.endpoint = self._redirect.bind_address(connection.flow)
         try:
             sock = restore_fresh(
-                connection.job.snapshot,
+                _for_bulk(connection.job.snapshot),
                 self._keep,
                 bind=connection.endpoint,
                 transparent=self._redirect.transparent,
                 mark=SOCKET_MARK,
             )
-            connection.sock = sock
+            connection.sock, connection.cold = sock, paces(connection.job.snapshot.options.congestion)
             connection.cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, kernel.SO_COOKIE, 8), "little")
-            _prepare_for_bulk(sock)
             connection.move(Host.RESTORED)
         except OSError as error:
             raise HostError(Reason.RESTORE_FAILED, f"restore: {error}", errno=error.errno or 0) from None
@@ -109,8 +111,9 @@ class Handoff:
             connection.state = Host.GONE
 
 
-def _prepare_for_bulk(sock: socket.socket) -> None:
-    """The last part of a file must leave at once, whatever the application's server prefers for its own small writes; the
-    application's options come home with its own snapshot."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def _for_bulk(snapshot: Snapshot) -> Snapshot:
+    """The last part of a file must leave at once, whatever the application prefers for its own small writes; its options come
+    home with its own snapshot. A congestion control that paces begins when there is a round-trip time (`serve.py`)."""
+    options = snapshot.options
+    congestion = COLD_CONGESTION if paces(options.congestion) else options.congestion
+    return replace(snapshot, options=replace(options, nodelay=True, cork=False, congestion=congestion))

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import Reason
+from guest_agent.handoff.restore import set_congestion
 from guest_agent.handoff.state import Host
 from hypervisor_svc.connection import Connection, Guest
 from hypervisor_svc.policy import PRIORITIES
@@ -33,6 +34,8 @@ _TX_ACK, _OPT_TSONLY = 1 << 9, 1 << 11
 _EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 _READ_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.EUCLEAN, errno.EBADMSG})
 SWEEP_INTERVAL = 0.05
+COLD_CONGESTION = "reno"
+"""Of a socket that is to be BBR's: plain slow start (RFC 5681) for the first round trip."""
 TURNS_PER_ROUND = 16
 
 
@@ -102,6 +105,8 @@ class Server:
         if connection.finished:
             self._check_acknowledged(connection)
         elif events & select.EPOLLOUT:
+            if connection.cold:
+                _warm_up(connection)
             self._enqueue(connection)
 
     # Turns.
@@ -219,6 +224,20 @@ def _next(queues: tuple[deque[Connection], ...]) -> Connection | None:
         if queue:
             return queue.popleft()
     return None
+
+
+def paces(congestion: str) -> bool:
+    """Whether a congestion control paces by a model of the path (BBR and its successors). Without a round-trip time it takes
+    one of 1 ms for granted (tcp_bbr.c, bbr_init_pacing_rate_from_rtt), and a segment crawls at a tenth of a LAN's speed."""
+    return congestion.startswith("bbr")
+
+
+def _warm_up(connection: Connection) -> None:
+    """The application's own congestion control takes over once a round trip has been measured, and begins with it."""
+    assert connection.sock is not None
+    if int.from_bytes(connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 72)[68:], "little"):
+        connection.cold = False
+        set_congestion(connection.sock, connection.job.snapshot.options.congestion)
 
 
 def _unacknowledged(sock: socket.socket) -> int:

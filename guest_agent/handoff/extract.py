@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import fcntl
-import ipaddress
 import socket
 import struct
 from dataclasses import replace
@@ -15,6 +14,7 @@ from guest_agent.handoff.snapshot import MAX_QUEUE, Endpoint, Options, Snapshot,
 
 _TCP, _SOL = socket.IPPROTO_TCP, socket.SOL_SOCKET
 _U32 = 0xFFFFFFFF
+_MAPPED = "::ffff:"
 _getsockopt = socket.socket.getsockopt
 _setsockopt = socket.socket.setsockopt
 
@@ -88,16 +88,16 @@ def endpoints(sock: socket.socket) -> tuple[Endpoint, Endpoint, bool]:
     local, peer = sock.getsockname(), sock.getpeername()
     if sock.family == socket.AF_INET:
         return Endpoint(local[0], local[1]), Endpoint(peer[0], peer[1]), False
-    if not peer[0].startswith("::ffff:"):
+    if not peer[0].startswith(_MAPPED):
         return Endpoint(local[0], local[1]), Endpoint(peer[0], peer[1]), False
     return Endpoint(_unmapped(local[0]), local[1]), Endpoint(_unmapped(peer[0]), peer[1]), True
 
 
 def _unmapped(address: str) -> str:
-    mapped = ipaddress.IPv6Address(address).ipv4_mapped
-    if mapped is None:
+    """getsockname(2) prints a v4-mapped address in dotted form (inet_ntop(3))."""
+    if not address.startswith(_MAPPED):
         raise NotMovable(Reason.NOT_TCP, f"{address} is not a v4-mapped address")
-    return str(mapped)
+    return address.removeprefix(_MAPPED)
 
 
 def _receive_queue(sock: socket.socket) -> tuple[bytes, int]:

@@ -42,10 +42,10 @@ def restore_fresh(
             _make_transparent(sock)
         _setsockopt(sock, _TCP, kernel.TCP_REPAIR, kernel.REPAIR_ON)
         hold.attach(sock, keep)
-        _continue(sock, snapshot, bind or snapshot.local)
-        apply_options(sock, snapshot.options)
         if mark:
             _setsockopt(sock, _SOL, socket.SO_MARK, mark)
+        apply_options(sock, snapshot.options)
+        _continue(sock, snapshot, bind or snapshot.local)
     except BaseException:
         sock.close()
         raise
@@ -60,7 +60,6 @@ def restore_in_place(sock: socket.socket, snapshot: Snapshot, *, silent: bool = 
     sock.getsockopt(_SOL, socket.SO_ERROR)  # ECONNABORTED of our own disconnect
     _setsockopt(sock, _SOL, socket.SO_MARK, snapshot.options.mark)  # the route is looked up with it
     _continue(sock, snapshot, snapshot.local, silent=silent)
-    _setsockopt(sock, _SOL, kernel.SO_BUF_LOCK, snapshot.options.buffer_lock)
     if snapshot.options.keepalive and not silent:
         _setsockopt(sock, _SOL, socket.SO_KEEPALIVE, 1)
 
@@ -86,6 +85,7 @@ def _continue(sock: socket.socket, snapshot: Snapshot, local: Endpoint, *, silen
         _fill(sock, kernel.SEND_QUEUE, snapshot.unacked)
     _set_window(sock, snapshot, silent=silent)
     _setsockopt(sock, _TCP, kernel.TCP_REPAIR_QUEUE, kernel.NO_QUEUE)
+    _setsockopt(sock, _SOL, kernel.SO_BUF_LOCK, snapshot.options.buffer_lock)
 
 
 def _make_transparent(sock: socket.socket) -> None:
@@ -173,9 +173,12 @@ def _set_window(sock: socket.socket, snapshot: Snapshot, *, silent: bool) -> Non
 
 
 def apply_options(sock: socket.socket, options: Options) -> None:
-    """Set the application's socket options. A congestion control that this kernel lacks is left at its default."""
-    _setsockopt(sock, _TCP, socket.TCP_NODELAY, options.nodelay)
-    _setsockopt(sock, _TCP, socket.TCP_CORK, options.cork)
+    """Set the application's options on a new socket that is not connected yet: the route is looked up and the congestion
+    control begins with them. The buffers' sizes come with the queues (`_make_room`)."""
+    if options.nodelay:
+        _setsockopt(sock, _TCP, socket.TCP_NODELAY, 1)
+    if options.cork:
+        _setsockopt(sock, _TCP, socket.TCP_CORK, 1)
     if options.keepalive:
         _setsockopt(sock, _TCP, socket.TCP_KEEPIDLE, max(1, options.keepalive_idle))
         _setsockopt(sock, _TCP, socket.TCP_KEEPINTVL, max(1, options.keepalive_interval))
@@ -187,8 +190,7 @@ def apply_options(sock: socket.socket, options: Options) -> None:
         _setsockopt(sock, _TCP, socket.TCP_USER_TIMEOUT, options.user_timeout)
     if options.priority:
         _setsockopt(sock, _SOL, socket.SO_PRIORITY, options.priority)
-    _setsockopt(sock, _SOL, kernel.SO_BUF_LOCK, options.buffer_lock)
-    _set_congestion(sock, options.congestion)
+    set_congestion(sock, options.congestion)
 
 
 def _set_traffic_class(sock: socket.socket, traffic_class: int) -> None:
@@ -198,7 +200,8 @@ def _set_traffic_class(sock: socket.socket, traffic_class: int) -> None:
         _setsockopt(sock, socket.IPPROTO_IP, socket.IP_TOS, traffic_class)
 
 
-def _set_congestion(sock: socket.socket, name: str) -> None:
+def set_congestion(sock: socket.socket, name: str) -> None:
+    """TCP_CONGESTION; one that this kernel lacks is left at its default."""
     if not name:
         return
     try:

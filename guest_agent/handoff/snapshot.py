@@ -12,6 +12,7 @@ The two sequence spaces of a snapshot (RFC 9293 section 3.3.1)::
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -221,14 +222,19 @@ def _queues(lengths: object, body: bytes) -> tuple[bytes, bytes, bytes]:
 def _endpoint(value: object) -> Endpoint:
     if type(value) is not list or len(value) != 2 or type(value[0]) is not str or type(value[1]) is not int:
         raise ValueError("an endpoint is [address, port]")
-    address = ipaddress.ip_address(value[0])
-    if str(address) != value[0] or "%" in value[0]:
-        raise ValueError(f"address {value[0]!r} is not in canonical form")
-    if address.is_multicast or address.is_unspecified or getattr(address, "ipv4_mapped", None):
-        raise ValueError(f"address {value[0]} cannot be an end of a connection")
     if not 0 < value[1] <= _U16:
         raise ValueError(f"port {value[1]} is out of range")
-    return Endpoint(value[0], value[1])
+    return Endpoint(_address(value[0]), value[1])
+
+
+@functools.lru_cache(maxsize=4096)
+def _address(text: str) -> str:
+    address = ipaddress.ip_address(text)
+    if str(address) != text or "%" in text:
+        raise ValueError(f"address {text!r} is not in canonical form")
+    if address.is_multicast or address.is_unspecified or getattr(address, "ipv4_mapped", None):
+        raise ValueError(f"address {text} cannot be an end of a connection")
+    return text
 
 
 def _number(name: str, value: object, least: int = 0) -> int:

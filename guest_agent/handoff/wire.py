@@ -84,7 +84,7 @@ def encode_frame(tag: bytes, header: Header, body: bytes = b"") -> bytes:
 def _parse_header(raw: bytes) -> Header:
     """Raises ValueError unless `raw` is a JSON object with a string `type`."""
     try:
-        header = json.loads(raw, parse_constant=_refuse_constant)
+        header = _loads(raw.decode("utf-8"))
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     if type(header) is not dict or type(header.get("type")) is not str:
@@ -94,6 +94,9 @@ def _parse_header(raw: bytes) -> Header:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+_loads = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 def _new_nonce() -> bytes:
