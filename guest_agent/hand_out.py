@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest's half of a handoff: freeze, extract, offer; then either the host owns the connection or all is undone.
 
-    begin() ──▶ OFFERED ──▶ silence()  the host owns it; our socket becomes a silent place-holder
-                       └──▶ undo()     nothing has happened; the application sends the file itself
+    begin() ──▶ OFFERED ──▶ stand_by()  the host owns it; our socket becomes a place-holder
+                       └──▶ undo()      nothing has happened; the application sends the file itself
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from guest_agent.handoff import fault, kernel
 from guest_agent.handoff.errors import HandoffError, HostError, Reason
@@ -18,7 +18,7 @@ from guest_agent.handoff.extract import check_movable, extract
 from guest_agent.handoff.freeze import freeze, thaw
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.restore import restore_in_place
-from guest_agent.handoff.snapshot import Snapshot, encode
+from guest_agent.handoff.snapshot import Snapshot, after, encode
 from guest_agent.handoff.state import Guest, move_guest
 from guest_agent.handoff.wire import Header
 from guest_agent.mute import mute, unmute
@@ -51,6 +51,7 @@ class Transfer:
     reply: Callable[[Outcome], None]
     state: Guest = Guest.HOME
     snapshot: Snapshot | None = None
+    expected: Snapshot | None = None
     cookie: int = 0
     held: list[bytes] = field(default_factory=list)
     outcome: Outcome = field(default_factory=lambda: Outcome("offloaded"))
@@ -100,15 +101,16 @@ def offer(transfer: Transfer, send: Send) -> None:
         raise HostError(Reason.HOST_AWAY, str(error)) from None
 
 
-def silence(transfer: Transfer) -> None:
-    """The host committed, and keeps the connection for longer: a place-holder that is muted would retransmit into the void
-    until it times out (tcp_retries2). It is rebuilt with empty queues, and keepalive probes are switched off."""
+def stand_by(transfer: Transfer) -> None:
+    """The host committed. Our socket is rebuilt as it will stand when the file is delivered: it has nothing to retransmit,
+    and on the way home only what the client said meanwhile is missing (`take_back.py`). Raises OSError."""
     assert transfer.snapshot is not None
-    if transfer.snapshot.unacked or transfer.snapshot.unsent:
-        restore_in_place(transfer.sock, transfer.snapshot, silent=True)
-        mute(transfer.sock)
-    if transfer.snapshot.options.keepalive:
+    options = transfer.snapshot.options
+    if options.keepalive:  # a probe would tell the client about a second owner
         transfer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
+    expected = replace(after(transfer.snapshot, transfer.count), options=replace(options, keepalive=False))
+    restore_in_place(transfer.sock, expected)
+    transfer.expected = expected
 
 
 def undo(transfer: Transfer) -> None:

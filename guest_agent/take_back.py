@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step 8: take back. The host's snapshot goes into the application's own socket, which then thaws.
 
-    restore()  the host's copy is frozen; ours is rebuilt, still frozen, while packets go on to the host
-    thaw()     the host has released it: packets come to us again, and the connection is ours
+    restore()  the host's copy is frozen; ours becomes what that is, still frozen
+    thaw()     the connection is ours
 
-If we cannot restore, we say so, and the host ends the connection: it is the only one that still can."""
+A transfer that went as expected comes home directly: our place-holder stands there already, packets come to it (and are
+held), and it thaws at once. Any other is rebuilt while packets still go to the host, and thaws when the host has released
+it. If we cannot restore, we say so, and the host ends the connection: it is the only one that still can."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from dataclasses import replace
 from guest_agent.hand_out import Transfer
 from guest_agent.handoff import freeze
 from guest_agent.handoff.errors import GuestError, Reason
-from guest_agent.handoff.restore import restore_in_place, send_unsent
+from guest_agent.handoff.restore import arrive, arrives_at, restore_in_place, send_unsent
 from guest_agent.handoff.snapshot import decode
 from guest_agent.handoff.state import Guest
 from guest_agent.handoff.wire import Header
@@ -31,7 +33,10 @@ def restore(transfer: Transfer, header: Header, body: bytes) -> None:
     else:
         snapshot = replace(returned, options=transfer.snapshot.options)
     transfer.move(Guest.RETURNING)
-    restore_in_place(transfer.sock, snapshot)
+    if transfer.expected is not None and arrives_at(snapshot, transfer.expected):
+        arrive(transfer.sock, snapshot)
+    else:
+        restore_in_place(transfer.sock, snapshot)
     transfer.snapshot = snapshot
 
 

@@ -24,9 +24,6 @@ log = logging.getLogger("streamlift.agent")
 
 DOUBT_LIMIT = 12.0
 """Seconds that a transfer waits for a lost host: longer than the host keeps what nobody claims (`orphan_timeout`)."""
-SILENCE_AFTER = 0.05
-"""Seconds until a place-holder gives up its queues: long after the last packet that was still on its way to the guest. Most
-transfers are home by then."""
 OFFER_LIMIT = 5.0
 """Seconds until an unanswered offer is asked for again."""
 
@@ -116,15 +113,22 @@ class Transfers:
         if transfer.state is not Guest.OFFERED:
             return
         transfer.move(Guest.OUT)
-        self._set_timer(transfer, SILENCE_AFTER, self._silence)
+        if transfer.timer is not None:
+            transfer.timer.cancel()
+        self._stand_by(transfer)
         if transfer.application_gone:
             self._send({"type": "abort", "token": transfer.token}, b"")
         self.collect_held()
         self._send_held(transfer)
 
-    def _silence(self, transfer: Transfer) -> None:
-        if transfer.state is Guest.OUT and transfer.snapshot is not None:
-            hand_out.silence(transfer)
+    def _stand_by(self, transfer: Transfer) -> None:
+        """Tell the host whether the connection may come home directly."""
+        if transfer.snapshot is not None:
+            try:
+                hand_out.stand_by(transfer)
+            except OSError as error:
+                log.warning("%s: the place-holder is not rebuilt: %s", transfer.token, error)
+        self._send({"type": "standing_by", "token": transfer.token, "ready": transfer.expected is not None}, b"")
 
     def _on_refused(self, transfer: Transfer, header: Header, body: bytes) -> None:
         if transfer.state is not Guest.OFFERED:
@@ -140,8 +144,11 @@ class Transfers:
                 self._not_restored(transfer, error)
                 return
             transfer.outcome = _returned(header)
-        if transfer.state is Guest.RETURNING:
-            self._send({"type": "restored", "token": transfer.token}, b"")
+        if transfer.state is not Guest.RETURNING:
+            return
+        if header.get("direct") is True:
+            self._come_home(transfer)
+        self._send({"type": "restored", "token": transfer.token}, b"")
 
     def _not_restored(self, transfer: Transfer, error: HandoffError | OSError) -> None:
         log.warning("%s could not come home: %s", transfer.token, error)
@@ -199,7 +206,7 @@ class Transfers:
             self._bury(transfer, Outcome("failed", 0, Reason.HOST_LOST, message, errno.ECONNRESET))
 
     def _resume(self, transfer: Transfer) -> None:
-        self._send({"type": "resume", "token": transfer.token}, b"")
+        self._send({"type": "resume", "token": transfer.token, "standing_by": transfer.expected is not None}, b"")
 
     def _ask_again(self, transfer: Transfer) -> None:
         if transfer.state is Guest.OFFERED and transfer.token in self._by_token:

@@ -43,7 +43,8 @@ class Guest:
 
 @dataclass(eq=False)
 class Connection:
-    """A client's connection while the host has it. `sent` counts bytes given to the socket."""
+    """A client's connection while the host has it. `sent` counts bytes given to the socket; `ready`: the guest's place-holder
+    stands where the connection will arrive (None: it has not said yet); `direct`: it goes home without a second question."""
 
     guest: Guest
     job: Job
@@ -61,6 +62,9 @@ class Connection:
     cold: bool = False
     held: list[bytes] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    ready: bool | None = None
+    waits_for_guest: bool = False
+    direct: bool = False
     parting: tuple[Header, bytes] | None = None
     fin: bytes = b""
     timer: asyncio.TimerHandle | None = None

@@ -31,6 +31,8 @@ log = logging.getLogger("streamlift.guests")
 
 RETURN_LIMIT = 30.0
 """Seconds that a frozen copy waits for the guest to restore it before the host ends the connection."""
+STAND_BY_LIMIT = 0.2
+"""Seconds that a finished transfer waits for the guest's place-holder; it then goes home the longer way."""
 LINGER = 60.0
 """Seconds that the redirect of a connection which the host closed stays: the length of TIME_WAIT."""
 MAX_SEGMENTS = 4096
@@ -94,6 +96,7 @@ class Guests:
         assert guest.channel is not None
         guest.channel.stop()
         for connection in list(guest.connections.values()):
+            self._recall(connection)
             self._end(connection)
 
     def close(self) -> None:
@@ -198,16 +201,25 @@ class Guests:
         guest.send({"type": "taken", "token": connection.token})
         self.collect_held()
 
+    def _on_standing_by(self, guest: Guest, header: Header, body: bytes) -> None:
+        connection = guest.connections.get(read_token(header))
+        if connection is None or connection.state is not Host.SERVING:
+            return
+        connection.ready = header.get("ready") is True
+        if connection.waits_for_guest:
+            self._finished(connection)
+
     def _on_abort(self, guest: Guest, header: Header, body: bytes) -> None:
         connection = guest.connections.get(read_token(header))
-        if connection is not None:
+        if connection is not None and not connection.direct:
             connection.reason, connection.message = Reason.APPLICATION_GONE, "the application is gone"
             self._end(connection)
             self._tell_failed(connection, errno.ECONNRESET)
 
     def _on_restored(self, guest: Guest, header: Header, body: bytes) -> None:
         connection = self._returning(guest, header)
-        self._hand_back.unredirect(connection)
+        if not connection.direct:
+            self._hand_back.unredirect(connection)
         self.collect_held()  # after the last packet that can have come to our copy
         self._forget(connection)
         self._hand_back.release(connection)
@@ -217,6 +229,7 @@ class Guests:
     def _on_restore_failed(self, guest: Guest, header: Header, body: bytes) -> None:
         connection = self._returning(guest, header)
         connection.reason, connection.message = Reason.RESTORE_FAILED, str(header.get("message", ""))[:200]
+        self._recall(connection)
         self._end(connection)
 
     def _returning(self, guest: Guest, header: Header) -> Connection:
@@ -249,6 +262,8 @@ class Guests:
             return
         guest.send({"type": "taken", "token": token})
         if connection.parting is not None:
+            if header.get("standing_by") is not True:
+                self._recall(connection)
             guest.send(*connection.parting)
         elif connection.finished:
             self._finished(connection)
@@ -264,12 +279,34 @@ class Guests:
             self._loop.call_later(self._limits.orphan_timeout, self._end_orphans, guest)
             connection.finished = True
             return
+        if connection.ready is None and connection.reason is None:
+            self._wait_for_guest(connection)
+            return
+        if connection.timer is not None:
+            connection.timer.cancel()
         try:
             self._hand_back.hand_back(connection)
         except (HandoffError, OSError) as error:
             self._client_gone(connection, getattr(error, "errno", 0) or errno.ECONNRESET)
             return
         connection.timer = self._loop.call_later(RETURN_LIMIT, self._never_came_home, connection)
+
+    def _wait_for_guest(self, connection: Connection) -> None:
+        """Its place-holder is about to stand by: that takes less time than the longer way home."""
+        if connection.waits_for_guest:
+            return
+        connection.waits_for_guest = True
+        connection.timer = self._loop.call_later(STAND_BY_LIMIT, self._waited_enough, connection)
+
+    def _waited_enough(self, connection: Connection) -> None:
+        if connection.state is Host.SERVING and connection.ready is None:
+            connection.ready = False
+            self._finished(connection)
+
+    def _recall(self, connection: Connection) -> None:
+        """Best effort: where the redirect fails, the connection is the guest's alone."""
+        with contextlib.suppress(OSError, HandoffError):
+            self._hand_back.recall(connection)
 
     def _never_came_home(self, connection: Connection) -> None:
         if connection.state is Host.RETURNING:

@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step 7: hand back, in two halves with the guest's restore between them.
+"""Step 7: hand back.
 
-    hand_back()   freeze, extract, send the snapshot; packets still come to our frozen copy, which keeps them (`hold.py`)
-    unredirect()  the guest has restored it: packets go to the guest's frozen socket, which keeps them
+Directly, where the guest's place-holder stands by and all went as expected::
+
+    hand_back()   freeze, extract, un-redirect, send the snapshot: packets go to the guest's frozen socket, which keeps them
+                  (`hold.py`); the guest completes it and thaws
+    release()     it has: close silently, put what our copy kept back on the road
+
+Otherwise with the guest's restore between the halves::
+
+    hand_back()   freeze, extract, send the snapshot; packets still come to our frozen copy, which keeps them
+    unredirect()  the guest has restored it
     release()     close silently, let the guest thaw, put what was kept back on the road
 
-The redirect stays until the guest has its socket, because a socket is not in the kernel's tables while it is rebuilt in
-place: a packet that reached the guest then would be answered with a RST. If the guest says that it cannot take the
+There the redirect stays until the guest has its socket, because a socket is not in the kernel's tables while it is rebuilt
+in place: a packet that reached the guest then would be answered with a RST. If the guest says that it cannot take the
 connection, our copy is the only one left, and ends it."""
 
 from __future__ import annotations
@@ -41,10 +49,26 @@ class HandBack:
             freeze(connection.sock, self._keep)
             connection.move(Host.FROZEN)
             snapshot = self._extract(connection)
+        connection.direct = _as_expected(connection, snapshot) and self._unredirected(connection)
         header, body = encode(snapshot)
         connection.parting = (self._message(connection, header), body)
         connection.move(Host.RETURNING)
         connection.guest.send(*connection.parting)
+
+    def _unredirected(self, connection: Connection) -> bool:
+        try:
+            self.unredirect(connection)
+        except (HandoffError, OSError):
+            return False
+        return True
+
+    def recall(self, connection: Connection) -> None:
+        """Packets come to our copy again: the guest's place-holder does not stand by any more. Raises HandoffError, OSError."""
+        assert connection.endpoint is not None and connection.parting is not None
+        if connection.direct:
+            self._redirect.redirect(connection.flow, connection.endpoint)
+            connection.direct = False
+            connection.parting[0]["direct"] = False
 
     def _extract(self, connection: Connection) -> Snapshot:
         assert connection.sock is not None
@@ -68,18 +92,20 @@ class HandBack:
             "reason": connection.reason.value if connection.reason else None,
             "message": connection.message,
             "errno": connection.errno,
+            "direct": connection.direct,
             "snapshot": snapshot,
         }
 
     def unredirect(self, connection: Connection) -> None:
-        """The guest has restored it and waits for our word to thaw."""
+        """From here on packets go to the guest."""
         assert connection.endpoint is not None
         with self._durations.of("unredirect"):
             self._redirect.unredirect(connection.flow, connection.endpoint)
 
     def release(self, connection: Connection) -> None:
-        """From here the guest owns the connection."""
-        connection.guest.send({"type": "released", "token": connection.token})
+        """The guest owns the connection."""
+        if not connection.direct:
+            connection.guest.send({"type": "released", "token": connection.token})
         connection.close()
         connection.move(Host.GONE)
         for segment in connection.held:
@@ -89,8 +115,9 @@ class HandBack:
 
     def end(self, connection: Connection) -> None:
         """Nobody can take the connection: close it as the kernel does for a process that dies. The redirect stays until
-        the last packets of the close have passed (`forget`)."""
-        if connection.sock is not None and connection.state in (Host.FROZEN, Host.RETURNING):
+        the last packets of the close have passed (`forget`). One that went home directly is no longer ours to end: our copy
+        closes silently."""
+        if connection.sock is not None and connection.state in (Host.FROZEN, Host.RETURNING) and not connection.direct:
             with contextlib.suppress(OSError):
                 thaw(connection.sock)
         connection.close()
@@ -107,3 +134,9 @@ class HandBack:
         if connection.endpoint is not None:
             with contextlib.suppress(OSError, HandoffError):
                 self._redirect.forget(connection.flow, connection.endpoint)
+
+
+def _as_expected(connection: Connection, snapshot: Snapshot) -> bool:
+    """Whether the guest's place-holder, if it stands by, stands there."""
+    complete = connection.reason is None and connection.sent == connection.job.count
+    return complete and connection.ready is True and not snapshot.unacked and not snapshot.unsent

@@ -52,16 +52,43 @@ def restore_fresh(
     return sock
 
 
-def restore_in_place(sock: socket.socket, snapshot: Snapshot, *, silent: bool = False) -> None:
-    """Rebuild `snapshot` inside a frozen socket. With `silent` the queues stay empty: a place-holder with nothing to
-    retransmit. The socket's options are still its own (tcp_disconnect keeps them). Raises OSError; the socket is then
-    closed (TCP_CLOSE) but its descriptor valid, and may be tried again."""
+def restore_in_place(sock: socket.socket, snapshot: Snapshot) -> None:
+    """Rebuild `snapshot` inside a frozen socket, whose options are still its own (tcp_disconnect keeps them). For some 40 us
+    the kernel does not know the connection: a packet that comes then is answered with a RST. Raises OSError; the socket is
+    then closed (TCP_CLOSE) but its descriptor valid, and may be tried again."""
     kernel.disconnect(sock.fileno())
     sock.getsockopt(_SOL, socket.SO_ERROR)  # ECONNABORTED of our own disconnect
     _setsockopt(sock, _SOL, socket.SO_MARK, snapshot.options.mark)  # the route is looked up with it
-    _continue(sock, snapshot, snapshot.local, silent=silent)
-    if snapshot.options.keepalive and not silent:
+    _continue(sock, snapshot, snapshot.local)
+    if snapshot.options.keepalive:
         _setsockopt(sock, _SOL, socket.SO_KEEPALIVE, 1)
+
+
+def arrives_at(snapshot: Snapshot, expected: Snapshot) -> bool:
+    """Whether a place-holder that was rebuilt as `expected` needs no more than `arrive`."""
+    here = (snapshot.send_sequence, snapshot.receive_sequence, snapshot.unacked, snapshot.unsent)
+    return here == (expected.send_sequence, expected.receive_sequence, b"", b"")
+
+
+def arrive(sock: socket.socket, snapshot: Snapshot) -> None:
+    """Complete a frozen place-holder that stands where `snapshot` does (`arrives_at`): what the peer has sent meanwhile, the
+    clock and the window. The connection is known to the kernel all the time. Raises OSError."""
+    if snapshot.receive_queue:
+        _make_room(sock, snapshot)
+        _fill(sock, kernel.RECEIVE_QUEUE, snapshot.receive_queue)
+        _setsockopt(sock, _TCP, kernel.TCP_REPAIR_QUEUE, kernel.NO_QUEUE)
+        _setsockopt(sock, _SOL, kernel.SO_BUF_LOCK, snapshot.options.buffer_lock)
+        _wake_readers(sock)
+    if snapshot.timestamps:
+        _setsockopt(sock, _TCP, kernel.TCP_TIMESTAMP, struct.pack("=I", next_timestamp(snapshot)))
+    _set_window(sock, snapshot)
+    if snapshot.options.keepalive:
+        _setsockopt(sock, _SOL, socket.SO_KEEPALIVE, 1)
+
+
+def _wake_readers(sock: socket.socket) -> None:
+    """Writing into a receive queue tells nobody; setting SO_RCVLOWAT, even to what it is, does (tcp_set_rcvlowat)."""
+    _setsockopt(sock, _SOL, socket.SO_RCVLOWAT, sock.getsockopt(_SOL, socket.SO_RCVLOWAT))
 
 
 def send_unsent(sock: socket.socket, snapshot: Snapshot) -> None:
@@ -74,16 +101,15 @@ def send_unsent(sock: socket.socket, snapshot: Snapshot) -> None:
             raise HostError(Reason.RESTORE_FAILED, "the send buffer cannot take back what it held") from error
 
 
-def _continue(sock: socket.socket, snapshot: Snapshot, local: Endpoint, *, silent: bool = False) -> None:
+def _continue(sock: socket.socket, snapshot: Snapshot, local: Endpoint) -> None:
     """The list of steps that both ways share."""
-    _set_sequences(sock, snapshot, silent=silent)
+    _set_sequences(sock, snapshot)
     _connect(sock, snapshot, local)
     _negotiate(sock, snapshot)
     _make_room(sock, snapshot)
-    if not silent:
-        _fill(sock, kernel.RECEIVE_QUEUE, snapshot.receive_queue)
-        _fill(sock, kernel.SEND_QUEUE, snapshot.unacked)
-    _set_window(sock, snapshot, silent=silent)
+    _fill(sock, kernel.RECEIVE_QUEUE, snapshot.receive_queue)
+    _fill(sock, kernel.SEND_QUEUE, snapshot.unacked)
+    _set_window(sock, snapshot)
     _setsockopt(sock, _TCP, kernel.TCP_REPAIR_QUEUE, kernel.NO_QUEUE)
     _setsockopt(sock, _SOL, kernel.SO_BUF_LOCK, snapshot.options.buffer_lock)
 
@@ -95,10 +121,11 @@ def _make_transparent(sock: socket.socket) -> None:
         _setsockopt(sock, socket.IPPROTO_IP, kernel.IP_TRANSPARENT, 1)
 
 
-def _set_sequences(sock: socket.socket, snapshot: Snapshot, *, silent: bool) -> None:
-    receive = snapshot.receive_next if silent else snapshot.receive_sequence
-    send = snapshot.send_next if silent else snapshot.send_sequence
-    for queue, sequence in ((kernel.RECEIVE_QUEUE, receive), (kernel.SEND_QUEUE, send)):
+def _set_sequences(sock: socket.socket, snapshot: Snapshot) -> None:
+    for queue, sequence in (
+        (kernel.RECEIVE_QUEUE, snapshot.receive_sequence),
+        (kernel.SEND_QUEUE, snapshot.send_sequence),
+    ):
         _setsockopt(sock, _TCP, kernel.TCP_REPAIR_QUEUE, queue)
         _setsockopt(sock, _TCP, kernel.TCP_QUEUE_SEQ, struct.pack("=I", sequence))
 
@@ -164,10 +191,8 @@ def _fill(sock: socket.socket, queue: int, data: bytes) -> None:
                 raise
 
 
-def _set_window(sock: socket.socket, snapshot: Snapshot, *, silent: bool) -> None:
+def _set_window(sock: socket.socket, snapshot: Snapshot) -> None:
     window = snapshot.window
-    if silent and snapshot.unacked:
-        return
     packed = struct.pack("=5I", window.snd_wl1, window.snd_wnd, window.max_window, window.rcv_wnd, window.rcv_wup)
     _setsockopt(sock, _TCP, kernel.TCP_REPAIR_WINDOW, packed)
 

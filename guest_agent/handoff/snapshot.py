@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from guest_agent.handoff.errors import GuestError, Reason
@@ -107,6 +107,20 @@ class Snapshot:
     def send_next(self) -> int:
         """SND.NXT."""
         return (self.send_sequence + len(self.unacked)) & _U32
+
+
+def after(snapshot: Snapshot, count: int) -> Snapshot:
+    """The connection as it will stand when all that is queued and `count` bytes more are sent and acknowledged, and before
+    anything is read. What the peer may send until then is not in it."""
+    start = snapshot.receive_sequence
+    return replace(
+        snapshot,
+        send_sequence=(snapshot.send_next + len(snapshot.unsent) + count) & _U32,
+        window=replace(snapshot.window, snd_wl1=start, rcv_wup=start),
+        receive_queue=b"",
+        unacked=b"",
+        unsent=b"",
+    )
 
 
 _QUEUES = ("receive_queue", "unacked", "unsent")
