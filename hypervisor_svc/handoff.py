@@ -89,7 +89,7 @@ class Handoff:
         assert connection.sock is not None
         try:
             thaw(connection.sock)
-            send_unsent(connection.sock, connection.job.snapshot)
+            send_unsent(connection.sock, connection.job.snapshot, more=True)
             connection.move(Host.SERVING)
         except OSError as error:
             raise HostError(Reason.RESTORE_FAILED, f"thaw: {error}", errno=error.errno or 0) from None

@@ -46,8 +46,6 @@ MAX_UPLOAD = 1 << 32
 IDLE_LIMIT = 75.0
 SHUTDOWN_LIMIT = 30.0
 BACKLOG = 1024
-CORK_LIMIT = 1 << 16
-"""Bytes of body below which head and body share packets. A larger one fills its packets anyway, and its head leaves at once."""
 
 Send = Callable[[asyncio.WriteTransport, IO[bytes], int, int], Awaitable[offload.Transfer]]
 
@@ -279,9 +277,8 @@ class Connection(asyncio.Protocol):
             self.transport.write(head + answer.body if with_body else head)
             await self._room()
             return
-        corked = answer.length < CORK_LIMIT
-        if corked:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        # Head and body share packets: the head waits for the body, and goes with it to the host.
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
         self.transport.write(head)
         for prefix, offset, count in answer.parts:
             if prefix:
@@ -289,7 +286,7 @@ class Connection(asyncio.Protocol):
             await self._send_file(answer.media, offset, count)
         if answer.epilogue:
             self.transport.write(answer.epilogue)
-        if corked and not self.transport.is_closing():
+        if not self.transport.is_closing():
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
 
     async def _send_file(self, media: MediaFile, offset: int, count: int) -> None:

@@ -91,12 +91,14 @@ def _wake_readers(sock: socket.socket) -> None:
     _setsockopt(sock, _SOL, socket.SO_RCVLOWAT, sock.getsockopt(_SOL, socket.SO_RCVLOWAT))
 
 
-def send_unsent(sock: socket.socket, snapshot: Snapshot) -> None:
-    """Queue the bytes that the old owner had not sent; to be called on a thawed socket, before anything else is sent."""
+def send_unsent(sock: socket.socket, snapshot: Snapshot, *, more: bool = False) -> None:
+    """Queue the bytes that the old owner had not sent; to be called on a thawed socket, before anything else is sent. `more`:
+    something else follows at once, and shares their last packet."""
+    flags = socket.MSG_DONTWAIT | (socket.MSG_MORE if more else 0)
     data = memoryview(snapshot.unsent)
     while data:
         try:
-            data = data[sock.send(data, socket.MSG_DONTWAIT) :]
+            data = data[sock.send(data, flags) :]
         except BlockingIOError as error:
             raise HostError(Reason.RESTORE_FAILED, "the send buffer cannot take back what it held") from error
 
