@@ -37,8 +37,7 @@ CAVEAT = (
     "Guest, host and client are network namespaces of one kernel: no virtual machine, no virtio, no network card; all"
     " processes share the processors, so absolute throughput says little and the difference between the sides much."
     " The 1 Gbit/s link is a token bucket of 256 kB, which hides gaps of up to 2 ms between two requests."
-    " The latencies depend on the congestion control (`congestion_control` in the report): a connection that was handed over"
-    " begins without a round-trip time, and BBR then paces it as if that were 1 ms."
+    " A connection that was handed over begins cold, in slow start: with the round-trip time of this link that costs little."
 )
 
 
