@@ -23,7 +23,7 @@ from hypervisor_svc.policy import Job
 from hypervisor_svc.redirect import Flow
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Guest:
     """A VM with a channel: what it is, what it has out, what was counted. Bytes and numbers since the service's start."""
 
@@ -41,7 +41,7 @@ class Guest:
         return self.channel is not None and self.channel.send(header, body)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Connection:
     """A client's connection while the host has it. `sent` counts bytes given to the socket; `ready`: the guest's place-holder
     stands where the connection will arrive (None: it has not said yet); `direct`: it goes home without a second question."""

@@ -86,7 +86,7 @@ class Server:
         with contextlib.suppress(OSError):
             self._epoll.unregister(connection.sock.fileno())
         for queue in self._ready.get(connection.guest, ()):
-            with contextlib.suppress(ValueError):
+            if connection in queue:
                 queue.remove(connection)
 
     def _events(self) -> None:
