@@ -33,6 +33,10 @@ table inet streamlift {{
         socket transparent 0 accept
         drop comment "a redirected flow whose socket is gone: silence, no RST"
     }}
+    chain forward {{
+        type filter hook forward priority filter - 10; policy accept;
+        ct state invalid tcp flags & rst == rst drop comment "a guest cannot reset what the host owns"
+    }}
     chain output {{
         type filter hook output priority filter - 10; policy accept;
         meta mark {SOCKET_MARK:#x} ct status & dnat == 0 drop comment "an orphan must not speak as the host"

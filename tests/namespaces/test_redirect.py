@@ -24,7 +24,8 @@ from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.restore import restore_fresh, restore_in_place, send_unsent
 from guest_agent.handoff.snapshot import Endpoint
 from hypervisor_svc.bridge import BridgedRedirect
-from hypervisor_svc.inject import Injector, fin_segment
+from hypervisor_svc.conntrack import packed
+from hypervisor_svc.inject import Injector, fin_segment, ones_sum
 from hypervisor_svc.redirect import SOCKET_MARK, Flow, NatRedirect, Redirect
 from hypervisor_svc.transparent import TransparentRedirect
 from tests.namespaces import topology
@@ -138,6 +139,18 @@ def receive(sock: socket.socket, size: int) -> bytes:
     return got
 
 
+def speak_as_guest(trip: Trip, flags: int, sequence: int, acknowledge: int) -> None:
+    """One segment from the guest's network, as its kernel would send it for a socket that is not there."""
+    client, server = trip.flow.client, trip.flow.server
+    head = struct.pack("!HHIIBBHHH", server.port, client.port, sequence, acknowledge, 5 << 4, flags, 0, 0, 0)
+    pseudo = packed(server.address) + packed(client.address) + struct.pack("!II", len(head), socket.IPPROTO_TCP)
+    checksum = struct.pack("!H", ~ones_sum(pseudo + head) & 0xFFFF)
+    with trip.network.guest.entered():
+        raw = socket.socket(trip.guest.family, socket.SOCK_RAW, socket.IPPROTO_TCP)
+    with raw:
+        raw.sendto(head[:16] + checksum + head[18:], (client.address, 0))
+
+
 _ports = itertools.count(7000)
 
 
@@ -230,9 +243,8 @@ def test_a_socket_that_goes_before_its_redirect_says_nothing(trip: Trip) -> None
     assert not [flags for from_server, flags in packets if from_server]
 
 
+@pytest.mark.parametrize("redirect", ["nat"], indirect=True)
 def test_a_socket_without_a_redirect_cannot_speak(trip: Trip) -> None:
-    if trip.redirect.transparent:
-        pytest.skip("a transparent socket has no address of the host's to speak from")
     host = trip.out()
     assert trip.endpoint is not None
     with captured(trip.network.client, trip.flow.server.port) as packets:
@@ -240,6 +252,23 @@ def test_a_socket_without_a_redirect_cannot_speak(trip: Trip) -> None:
         host.send(b"with whose voice?")
         time.sleep(0.3)
     assert packets == []
+
+
+@pytest.mark.parametrize("network", ["routed"], indirect=True)
+@pytest.mark.parametrize("redirect", ["nat"], indirect=True)
+@pytest.mark.parametrize("flags", [_RST, _RST | 16], ids=["rst", "rst-ack"])
+def test_a_guest_cannot_reset_what_the_host_owns(trip: Trip, flags: int) -> None:
+    """Neither in malice, nor because its socket is being rebuilt when a last packet of the client arrives."""
+    host = trip.out()
+    trip.exchange(host)
+    freeze(host, trip.keep)
+    snapshot = extract(host)
+    thaw(host)
+    with captured(trip.network.guest, trip.flow.server.port) as sent, captured(trip.network.client, trip.flow.server.port) as came:
+        speak_as_guest(trip, flags, snapshot.send_next, snapshot.receive_next)
+    assert sent and not came
+    trip.exchange(host)
+    trip.home()
 
 
 def test_a_close_of_the_host_ends_the_connection_in_order(trip: Trip) -> None:
@@ -347,10 +376,9 @@ def test_a_fin_comes_again(trip: Trip) -> None:
     injector.__exit__(None, None, None)
 
 
+@pytest.mark.parametrize("network", ["routed"], indirect=True)
 def test_a_strict_firewall_lets_the_flow_pass(network: Network) -> None:
     """nf_conntrack_tcp_loose=0, and what is INVALID is dropped, on the host's forwarding path."""
-    if network.bridge:
-        pytest.skip("bridged packets do not pass the IP firewall")
     network.host.sysctl("net.netfilter.nf_conntrack_tcp_loose", "0")
     network.host.run("nft", "add table inet strict; add chain inet strict f { type filter hook forward priority 0; }")
     network.host.run("nft", "add rule inet strict f ct state invalid drop")
@@ -378,9 +406,8 @@ def started_with(network: Network) -> Iterator[Redirect]:
             made.__exit__(None, None, None)
 
 
+@pytest.mark.parametrize("network", ["routed"], indirect=True)
 def test_local_ports_are_shared_and_run_out_with_a_reason(network: Network) -> None:
-    if network.bridge:
-        pytest.skip("the same code")
     with network.host.entered(), NatRedirect(ports=(61000, 61001)) as redirect:
         client = Endpoint(network.client_address[4], 5000)
         flows = [Flow(client, Endpoint(network.guest_address[4], port)) for port in (80, 81, 82)]
