@@ -16,7 +16,7 @@ from guest_agent.hand_out import Outcome, Send, Transfer
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import GuestError, HandoffError, NotMovable, Reason
 from guest_agent.handoff.freeze import thaw
-from guest_agent.handoff.hold import Hold
+from guest_agent.handoff.hold import Hold, is_stale
 from guest_agent.handoff.state import Guest, move_guest
 from guest_agent.handoff.wire import Header
 
@@ -259,6 +259,10 @@ class Transfers:
         if not transfer.held or not self._is_up():
             return
         segments, transfer.held = transfer.held, []
+        if transfer.snapshot is not None:
+            segments = [one for one in segments if not is_stale(one, transfer.snapshot.send_sequence)]
+        if not segments:
+            return
         self.counters["held_packets"] += len(segments)
         lengths = b"".join(struct.pack(">I", len(segment)) + segment for segment in segments)
         self._send({"type": "late", "token": transfer.token}, lengths)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guest_agent.handoff.errors import GuestError, Reason
-from guest_agent.handoff.snapshot import Endpoint, decode, encode
+from guest_agent.handoff.snapshot import Endpoint, after, decode, encode
 from tests.guest_agent.handoff.samples import SNAPSHOT
 
 GOLDEN = (
@@ -31,6 +31,15 @@ def test_golden_header_and_body() -> None:
     header, body = encode(SNAPSHOT)
     assert json.dumps(header, separators=(",", ":")) == GOLDEN
     assert body == SNAPSHOT.receive_queue + SNAPSHOT.unacked + SNAPSHOT.unsent
+
+
+def test_where_a_connection_will_arrive() -> None:
+    """34 bytes in flight, 2 to be sent, then 100: from 0xFFFFFFF0 the send sequence wraps to 120."""
+    there = after(SNAPSHOT, 100)
+    assert (there.send_sequence, there.send_next) == (120, 120)
+    assert there.receive_sequence == there.receive_next == SNAPSHOT.receive_sequence
+    assert (there.receive_queue, there.unacked, there.unsent) == (b"", b"", b"")
+    assert there.window.rcv_wup <= there.receive_next, "the kernel refuses a later one (tcp_repair_set_window)"
 
 
 @pytest.mark.parametrize("ends", [("192.0.2.10", "198.51.100.7"), ("2001:db8::1", "2001:db8:2::7")])

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -18,8 +19,8 @@ from guest_agent.handoff.errors import NotMovable, Reason
 from guest_agent.handoff.extract import check_movable, extract
 from guest_agent.handoff.freeze import freeze, thaw
 from guest_agent.handoff.hold import Hold
-from guest_agent.handoff.restore import restore_fresh, restore_in_place, send_unsent
-from guest_agent.handoff.snapshot import Snapshot
+from guest_agent.handoff.restore import arrive, arrives_at, restore_fresh, restore_in_place, send_unsent
+from guest_agent.handoff.snapshot import Snapshot, after
 
 pytestmark = pytest.mark.root
 
@@ -166,6 +167,29 @@ def test_in_place_keeps_descriptor_duplicates_and_epoll(
     assert duplicate.recv(10) == b"hello"
     assert server.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
     duplicate.close()
+
+
+def test_a_place_holder_needs_only_what_the_peer_said(pair: tuple[socket.socket, socket.socket], keep: Hold) -> None:
+    """It stands where the connection will arrive; whoever watches the socket learns that there is something to read."""
+    server, client = pair
+    exchange(server, client, 5000)
+    freeze(server, keep)
+    before = extract(server)
+    expected = after(before, 0)
+    restore_in_place(server, expected)
+    client.sendall(b"the next request")
+    returned = replace(before, receive_queue=b"the next request", timestamp=before.timestamp + 1000)
+    assert arrives_at(returned, expected)
+    assert not arrives_at(replace(returned, unsent=b"x"), expected)
+    assert not arrives_at(replace(returned, send_sequence=returned.send_next + 1 & 0xFFFFFFFF), expected)
+    with select.epoll() as watch:
+        watch.register(server, select.EPOLLIN)
+        assert watch.poll(0) == []
+        arrive(server, returned)
+        assert [events for _, events in watch.poll(1)] == [select.EPOLLIN]
+    thaw(server)
+    assert server.recv(100) == b"the next request"
+    exchange(server, client)
 
 
 def test_options_travel(pair: tuple[socket.socket, socket.socket], keep: Hold) -> None:
