@@ -34,11 +34,19 @@ class Guest:
     counters: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     bytes_sent: int = 0
+    bytes_per_second: float = 0.0
+    _measured: tuple[float, int] = (0.0, 0)
     draining: bool = False
 
     def send(self, header: Header, body: bytes = b"") -> bool:
         """Send to the guest; False if its channel is down."""
         return self.channel is not None and self.channel.send(header, body)
+
+    def measure(self, now: float) -> None:
+        """Bytes a second since the last call; `now` in seconds of any clock."""
+        before, sent = self._measured
+        self.bytes_per_second = (self.bytes_sent - sent) / (now - before) if before else 0.0
+        self._measured = now, self.bytes_sent
 
 
 @dataclass(eq=False, repr=False)

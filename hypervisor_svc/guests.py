@@ -33,6 +33,8 @@ RETURN_LIMIT = 30.0
 """Seconds that a frozen copy waits for the guest to restore it before the host ends the connection."""
 STAND_BY_LIMIT = 0.2
 """Seconds that a finished transfer waits for the guest's place-holder; it then goes home the longer way."""
+MEASURE_INTERVAL = 1.0
+"""Seconds over which a VM's rate is measured."""
 LINGER = 60.0
 """Seconds that the redirect of a connection which the host closed stays: the length of TIME_WAIT."""
 MAX_SEGMENTS = 4096
@@ -68,6 +70,12 @@ class Guests:
         self._loop = asyncio.get_running_loop()
         if keep is not None:
             self._loop.add_reader(keep, self.collect_held)
+        self._measure()
+
+    def _measure(self) -> None:
+        for guest in self._by_uuid.values():
+            guest.measure(self._loop.time())
+        self._meter = self._loop.call_later(MEASURE_INTERVAL, self._measure)
 
     def __iter__(self) -> Any:
         return iter(self._by_uuid.values())
@@ -104,6 +112,7 @@ class Guests:
         for uuid in list(self._by_uuid):
             self.machine_down(uuid)
         self._server.close()
+        self._meter.cancel()
         if self._keep is not None:
             self._loop.remove_reader(self._keep)
 

@@ -140,6 +140,7 @@ class Service:
         return {
             "version": __version__,
             "pid": os.getpid(),
+            "memory_bytes": _resident_bytes(),
             "uptime_seconds": round(time.monotonic() - self._started, 1),
             "backend": {"name": BACKEND, "why": BACKEND_WHY},
             "redirect": self._config.redirect.mode,
@@ -148,7 +149,7 @@ class Service:
             "machines": machines,
             "totals": {
                 key: sum(machine[key] for machine in machines)
-                for key in ("connections_out", "handed_out", "handed_back", "failed", "bytes_sent")
+                for key in ("connections_out", "handed_out", "handed_back", "failed", "bytes_sent", "bytes_per_second")
             },
         }
 
@@ -163,6 +164,12 @@ class Service:
             known = ", ".join(guest.machine.name for guest in self._guests) or "none"
             raise ValueError(f"no VM named {name!r} has a channel here (known: {known})")
         return {"handed_back": self._guests.hand_back_all(found[0], Reason.OPERATOR, token)}
+
+
+def _resident_bytes() -> int:
+    """Memory of this process (proc(5), statm)."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _machine_status(guest: Guest) -> dict[str, Any]:
@@ -183,6 +190,7 @@ def _machine_status(guest: Guest) -> dict[str, Any]:
         "late_packets": guest.counters["late_packets"],
         "refused": dict(guest.refused),
         "bytes_sent": guest.bytes_sent,
+        "bytes_per_second": round(guest.bytes_per_second),
     }
 
 

@@ -33,7 +33,8 @@ def show_status(status: dict[str, Any]) -> None:
     """The service in one screen."""
     backend = status["backend"]
     freeze = "nothing is lost while a socket is frozen" if status["lossless_freeze"] else "packets are lost while frozen"
-    print(f"streamlift {status['version']}, process {status['pid']}, up {status['uptime_seconds']:.0f} s")
+    memory, up = size(status["memory_bytes"]), status["uptime_seconds"]
+    print(f"streamlift {status['version']}, process {status['pid']}, {memory}, up {up:.0f} s")
     print(f"backend {backend['name']} ({backend['why']}); redirect {status['redirect']}; {freeze}")
     rows = [
         (
@@ -47,10 +48,11 @@ def show_status(status: dict[str, Any]) -> None:
             machine["failed"] + machine["ended"],
             ", ".join(f"{reason} {count}" for reason, count in machine["refused"].items()) or "-",
             size(machine["bytes_sent"]),
+            f"{size(machine['bytes_per_second'])}/s",
         )
         for machine in status["machines"]
     ]
-    show("machines", ("VM", "channel", "agent", "addresses", "out now", "out", "home", "ended", "refused", "sent"), rows)
+    show("machines", ("VM", "channel", "agent", "addresses", "out now", "out", "home", "ended", "refused", "sent", "now"), rows)
     steps = [(step, s["samples"], s["p50_us"], s["p99_us"]) for step, s in status["durations"].items()]
     if steps:
         show("steps", ("step", "samples", "p50, us", "p99, us"), steps)
