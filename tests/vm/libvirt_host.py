@@ -85,7 +85,7 @@ class Namespaces:
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"ready\n":
             raise RuntimeError("unshare failed: are we root?")
-        self.pid = self._inner_pid() if "pid" in kinds else self._process.pid
+        self.pid = _first_child(self._process.pid) if "pid" in kinds else self._process.pid
 
     def command(self, *arguments: str | Path) -> list[str]:
         """The command line that runs `arguments` inside."""
@@ -114,6 +114,12 @@ class Namespaces:
             env={**os.environ, **(environment or {})},
         )
 
+    def signal(self, process: subprocess.Popen[bytes], number: int) -> None:
+        """Signal what `start` started and wait for its end. In a pid namespace nsenter stands between, and passes no signal on."""
+        if process.poll() is None:
+            os.kill(_first_child(process.pid) if "pid" in self._kinds else process.pid, number)
+        process.wait(timeout=20)
+
     def close(self) -> None:
         """End the namespaces, and with a pid namespace all that ran in it."""
         self._process.kill()
@@ -121,9 +127,9 @@ class Namespaces:
         assert self._process.stdout is not None
         self._process.stdout.close()
 
-    def _inner_pid(self) -> int:
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-        return int(children.read_text(encoding="ascii").split()[0])
+
+def _first_child(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()[0])
 
 
 class LibvirtHost:
@@ -187,8 +193,7 @@ class LibvirtHost:
 
     def restart_libvirtd(self) -> None:
         """Kill libvirtd and start it again; VMs run on."""
-        self._libvirtd.kill()
-        self._libvirtd.wait()
+        self.namespaces.signal(self._libvirtd, signal.SIGKILL)
         self._start_libvirtd()
 
     def _prepare(self) -> None:
@@ -241,12 +246,10 @@ class LibvirtHost:
         with contextlib.suppress(libvirt.libvirtError), contextlib.closing(self.connect()) as connection:
             for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
                 domain.destroy()
-        self._libvirtd.send_signal(signal.SIGTERM)
         try:
-            self._libvirtd.wait(timeout=10)
+            self.namespaces.signal(self._libvirtd, signal.SIGTERM)
         except subprocess.TimeoutExpired:
-            self._libvirtd.kill()
-            self._libvirtd.wait()
+            self.namespaces.signal(self._libvirtd, signal.SIGKILL)
 
 
 def wait_for(condition: Callable[[], Found], *, seconds: float, what: str) -> Found:
