@@ -52,6 +52,7 @@ class Transfer:
     state: Guest = Guest.HOME
     snapshot: Snapshot | None = None
     expected: Snapshot | None = None
+    standing_by: bool = False
     cookie: int = 0
     held: list[bytes] = field(default_factory=list)
     outcome: Outcome = field(default_factory=lambda: Outcome("offloaded"))
@@ -75,6 +76,7 @@ def begin(transfer: Transfer, keep: Hold | None, send: Send) -> None:
         transfer.snapshot = extract(transfer.sock)
         mute(transfer.sock)
         offer(transfer, send)
+        transfer.expected = _expected(transfer)
     except (HandoffError, OSError):
         undo(transfer)
         raise
@@ -101,16 +103,21 @@ def offer(transfer: Transfer, send: Send) -> None:
         raise HostError(Reason.HOST_AWAY, str(error)) from None
 
 
+def _expected(transfer: Transfer) -> Snapshot:
+    """Made while the host is busy with the offer."""
+    assert transfer.snapshot is not None
+    options = replace(transfer.snapshot.options, keepalive=False)
+    return replace(after(transfer.snapshot, transfer.count), options=options)
+
+
 def stand_by(transfer: Transfer) -> None:
     """The host committed. Our socket is rebuilt as it will stand when the file is delivered: it has nothing to retransmit,
     and on the way home only what the client said meanwhile is missing (`take_back.py`). Raises OSError."""
-    assert transfer.snapshot is not None
-    options = transfer.snapshot.options
-    if options.keepalive:  # a probe would tell the client about a second owner
+    assert transfer.snapshot is not None and transfer.expected is not None
+    if transfer.snapshot.options.keepalive:  # a probe would tell the client about a second owner
         transfer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
-    expected = replace(after(transfer.snapshot, transfer.count), options=replace(options, keepalive=False))
-    restore_in_place(transfer.sock, expected)
-    transfer.expected = expected
+    restore_in_place(transfer.sock, transfer.expected)
+    transfer.standing_by = True
 
 
 def undo(transfer: Transfer) -> None:

@@ -33,7 +33,7 @@ def restore(transfer: Transfer, header: Header, body: bytes) -> None:
     else:
         snapshot = replace(returned, options=transfer.snapshot.options)
     transfer.move(Guest.RETURNING)
-    if transfer.expected is not None and arrives_at(snapshot, transfer.expected):
+    if transfer.standing_by and transfer.expected is not None and arrives_at(snapshot, transfer.expected):
         arrive(transfer.sock, snapshot)
     else:
         restore_in_place(transfer.sock, snapshot)

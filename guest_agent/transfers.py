@@ -128,7 +128,7 @@ class Transfers:
                 hand_out.stand_by(transfer)
             except OSError as error:
                 log.warning("%s: the place-holder is not rebuilt: %s", transfer.token, error)
-        self._send({"type": "standing_by", "token": transfer.token, "ready": transfer.expected is not None}, b"")
+        self._send({"type": "standing_by", "token": transfer.token, "ready": transfer.standing_by}, b"")
 
     def _on_refused(self, transfer: Transfer, header: Header, body: bytes) -> None:
         if transfer.state is not Guest.OFFERED:
@@ -206,7 +206,7 @@ class Transfers:
             self._bury(transfer, Outcome("failed", 0, Reason.HOST_LOST, message, errno.ECONNRESET))
 
     def _resume(self, transfer: Transfer) -> None:
-        self._send({"type": "resume", "token": transfer.token, "standing_by": transfer.expected is not None}, b"")
+        self._send({"type": "resume", "token": transfer.token, "standing_by": transfer.standing_by}, b"")
 
     def _ask_again(self, transfer: Transfer) -> None:
         if transfer.state is Guest.OFFERED and transfer.token in self._by_token:

@@ -92,9 +92,9 @@ def _message(kind: int, flags: int, sequence: int, family: int, body: bytes) -> 
     return netlink.message(kind, flags, sequence, family=family, body=body)
 
 
-def encode_delete(client: Endpoint, server: Endpoint, sequence: int) -> bytes:
+def encode_delete(client: Endpoint, server: Endpoint, sequence: int, *, flags: int = netlink.ACK) -> bytes:
     """Delete the entry of which client -> server is one direction."""
-    return _message(_DELETE, netlink.ACK, sequence, family_of(client.address), _tuple(_ORIG, client, server))
+    return _message(_DELETE, flags, sequence, family_of(client.address), _tuple(_ORIG, client, server))
 
 
 def encode_create(client: Endpoint, server: Endpoint, to: Endpoint | None, sequence: int) -> bytes:
@@ -121,7 +121,7 @@ class Conntrack:
         existed = False
         for _ in range(_ATTEMPTS):
             first, second = self._netlink.next(), self._netlink.next()
-            both = encode_delete(client, server, first) + encode_create(client, server, to, second)
+            both = encode_delete(client, server, first, flags=0) + encode_create(client, server, to, second)
             deleted, created = self._netlink.transact(both, first, second)
             existed |= netlink.check(deleted, "conntrack delete")
             if netlink.check(created, "conntrack create", fine=(errno.EEXIST,)):

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from dataclasses import replace
 
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import HandoffError
@@ -46,7 +45,7 @@ class HandBack:
         OSError if the connection cannot be frozen any more: it has died, and is the caller's to bury."""
         assert connection.sock is not None and connection.endpoint is not None
         with self._durations.of("freeze_extract"):
-            freeze(connection.sock, self._keep)
+            freeze(connection.sock, self._keep, own=True)
             connection.move(Host.FROZEN)
             snapshot = self._extract(connection)
         connection.direct = _as_expected(connection, snapshot) and self._unredirected(connection)
@@ -72,8 +71,7 @@ class HandBack:
 
     def _extract(self, connection: Connection) -> Snapshot:
         assert connection.sock is not None
-        original = connection.job.snapshot
-        snapshot = extract(connection.sock, before_fin=True, options=original.options)
+        snapshot = extract(connection.sock, before_fin=True, known=connection.job.snapshot)
         state = connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         if state == kernel.CLOSE_WAIT:  # the FIN comes again without a timestamp: we do not know the client's clock
             connection.fin = fin_segment(
@@ -82,7 +80,7 @@ class HandBack:
                 acknowledge=snapshot.send_sequence,
                 window=min(65535, snapshot.window.snd_wnd >> (snapshot.send_scale or 0)),
             )
-        return replace(snapshot, local=original.local, v4_mapped=original.v4_mapped)
+        return snapshot
 
     def _message(self, connection: Connection, snapshot: dict[str, object]) -> dict[str, object]:
         return {

@@ -22,6 +22,7 @@ _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _GENERIC = struct.Struct("!BBH")  # family, version, resource
 _ATTRIBUTE = struct.Struct("=HH")
 _NUMBER = struct.Struct("=i")
+_PATIENCE = struct.pack("=qq", 5, 0)  # struct timeval
 _BUFFER = 1 << 18
 
 
@@ -59,7 +60,7 @@ class Netlink:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
         self._socket.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)
         self._socket.bind((0, 0))
-        self._socket.settimeout(5)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PATIENCE)  # settimeout() would poll each time
         self._buffer = bytearray(_BUFFER)
         self._sequence = 0
 
@@ -73,16 +74,15 @@ class Netlink:
         return self._sequence
 
     def transact(self, messages: bytes, *sequences: int) -> list[int]:
-        """Send messages; the errno (0: done) of those with these sequence numbers, which asked for an acknowledgement."""
+        """Send messages; the errno (0: done) of those with these sequence numbers. Only the last one need ask for an
+        acknowledgement: they are answered in order, and errors always."""
         self._socket.send(messages)
-        results = dict.fromkeys(sequences, -1)
-        left = len(results)
-        while left:
+        results: dict[int, int] = {}
+        while sequences[-1] not in results:
             for kind, sequence, payload in self._receive():
-                if kind == _ERROR and results.get(sequence) == -1:
-                    results[sequence] = -_NUMBER.unpack_from(payload)[0]
-                    left -= 1
-        return [results[sequence] for sequence in sequences]
+                if kind == _ERROR and sequence in sequences:
+                    results.setdefault(sequence, -_NUMBER.unpack_from(payload)[0])
+        return [results.get(sequence, 0) for sequence in sequences]
 
     def dump(self, request: bytes, sequence: int) -> Iterator[bytes]:
         """Send a dump request; the attributes of each answer."""

@@ -75,8 +75,9 @@ class Server:
         assert connection.sock is not None
         fd = connection.sock.fileno()
         self._by_fd[fd] = connection
-        self._epoll.register(fd, _EVENTS)
         self._advance(connection)
+        if fd in self._by_fd:
+            self._epoll.register(fd, _EVENTS)
 
     def remove(self, connection: Connection) -> None:
         """Stop serving at a byte boundary; idempotent."""

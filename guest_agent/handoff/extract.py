@@ -44,23 +44,24 @@ def _wrong_state(state: int) -> NotMovable:
     return NotMovable(Reason.NOT_ESTABLISHED, f"TCP state {state} is not ESTABLISHED")
 
 
-def extract(sock: socket.socket, *, before_fin: bool = False, options: Options | None = None) -> Snapshot:
+def extract(sock: socket.socket, *, before_fin: bool = False, known: Snapshot | None = None) -> Snapshot:
     """Return the state of a frozen socket, queues included. Raises NotMovable or OSError; the socket stays frozen.
 
     With `before_fin` a socket whose peer has closed (CLOSE_WAIT) is described as it was before the FIN came; whoever
-    restores it must see to it that the FIN comes again (`hypervisor_svc/inject.py`). `options` spares a dozen system calls
-    where they are known."""
+    restores it must see to it that the FIN comes again (`hypervisor_svc/inject.py`). What never changes (ends, options) is
+    taken from `known`, if given: that spares two dozen system calls."""
     info = kernel.parse_info(_getsockopt(sock, _TCP, socket.TCP_INFO, 20))
     closed = before_fin and info.state == kernel.CLOSE_WAIT
     if info.state != kernel.ESTABLISHED and not closed:
         raise _wrong_state(info.state)
-    local, peer, mapped = endpoints(sock)
+    local, peer, mapped = endpoints(sock) if known is None else (known.local, known.peer, known.v4_mapped)
     receive_queue, receive_next = _receive_queue(sock)
     if closed:
         receive_next = (receive_next - 1) & _U32
     sent, unsent_length, write_sequence = _send_queue(sock)
     mss = _getsockopt(sock, _TCP, socket.TCP_MAXSEG)
-    _refuse_signed(sock, info, mss)
+    if known is None:
+        _refuse_signed(sock, info, mss)
     unacked_length = len(sent) - unsent_length
     return Snapshot(
         local=local,
@@ -75,7 +76,7 @@ def extract(sock: socket.socket, *, before_fin: bool = False, options: Options |
         timestamp=_getsockopt(sock, _TCP, kernel.TCP_TIMESTAMP) & _U32 if info.timestamps else 0,
         timestamp_usec=info.microseconds,
         window=_window(sock, receive_next),
-        options=options or _options(sock),
+        options=_options(sock) if known is None else known.options,
         v4_mapped=mapped,
         receive_queue=receive_queue,
         unacked=sent[:unacked_length],

@@ -16,11 +16,11 @@ from guest_agent.handoff.hold import Hold
 _setsockopt = socket.socket.setsockopt
 
 
-def freeze(sock: socket.socket, keep: Hold | None) -> None:
-    """Freeze an established TCP socket. Needs CAP_NET_ADMIN in the socket's network namespace.
+def freeze(sock: socket.socket, keep: Hold | None, *, own: bool = False) -> None:
+    """Freeze an established TCP socket. Needs CAP_NET_ADMIN in the socket's network namespace. `own`: no application has it.
 
     Raises NotMovable(SOCKET_FILTER) if the application has a filter of its own on it, OSError if the kernel refuses."""
-    if kernel.has_filter(sock.fileno()):
+    if not own and kernel.has_filter(sock.fileno()):
         raise NotMovable(Reason.SOCKET_FILTER, "the application attached a filter of its own to this socket")
     hold.attach(sock, keep)
     try:
