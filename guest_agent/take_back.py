@@ -16,6 +16,7 @@ from guest_agent.hand_out import Transfer
 from guest_agent.handoff import freeze
 from guest_agent.handoff.errors import GuestError, Reason
 from guest_agent.handoff.restore import arrive, arrives_at, restore_in_place, send_unsent
+from guest_agent.handoff.segment import absorb
 from guest_agent.handoff.snapshot import decode
 from guest_agent.handoff.state import Guest
 from guest_agent.handoff.wire import Header
@@ -32,6 +33,7 @@ def restore(transfer: Transfer, header: Header, body: bytes) -> None:
         raise GuestError(Reason.BAD_SNAPSHOT, "the host returned another connection than it took")
     else:
         snapshot = replace(returned, options=transfer.snapshot.options)
+    snapshot, transfer.held = absorb(snapshot, transfer.held)
     transfer.move(Guest.RETURNING)
     if transfer.standing_by and transfer.expected is not None and arrives_at(snapshot, transfer.expected):
         arrive(transfer.sock, snapshot)

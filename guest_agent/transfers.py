@@ -16,7 +16,8 @@ from guest_agent.hand_out import Outcome, Send, Transfer
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import GuestError, HandoffError, NotMovable, Reason
 from guest_agent.handoff.freeze import thaw
-from guest_agent.handoff.hold import Hold, is_stale
+from guest_agent.handoff.hold import Hold
+from guest_agent.handoff.segment import is_intact, is_stale
 from guest_agent.handoff.state import Guest, move_guest
 from guest_agent.handoff.wire import Header
 
@@ -138,6 +139,7 @@ class Transfers:
 
     def _on_hand_back(self, transfer: Transfer, header: Header, body: bytes) -> None:
         if transfer.state in (Guest.OUT, Guest.OFFERED):
+            self.collect_held()
             try:
                 take_back.restore(transfer, header, body)
             except (HandoffError, OSError) as error:
@@ -249,10 +251,14 @@ class Transfers:
             return
         for cookie, segment in self._keep.drain():
             transfer = self._by_cookie.get(cookie)
-            if transfer is not None:
-                transfer.held.append(segment)
-                if transfer.state is Guest.OUT:
-                    self._loop.call_soon(self._send_held, transfer)
+            if transfer is None:
+                continue
+            if transfer.snapshot and not is_intact(segment, transfer.snapshot.peer.address, transfer.snapshot.local.address):
+                self.counters["damaged_packets"] += 1
+                continue
+            transfer.held.append(segment)
+            if transfer.state is Guest.OUT:
+                self._loop.call_soon(self._send_held, transfer)
 
     def _send_held(self, transfer: Transfer) -> None:
         """Ask the host to put what our frozen socket did not take back on the road."""

@@ -16,6 +16,7 @@ import errno
 import socket
 import struct
 
+from guest_agent.handoff.segment import packed
 from guest_agent.handoff.snapshot import Endpoint
 from hypervisor_svc import netlink
 from hypervisor_svc.netlink import NESTED, Netlink, attribute, attributes, nest
@@ -31,11 +32,6 @@ _ORIG, _REPLY, _STATUS, _PROTOINFO, _TIMEOUT, _MARK, _NAT_DST, _MARK_MASK = 1, 2
 _SEEN_REPLY_ASSURED_CONFIRMED = 0x0E
 _TCP, _ESTABLISHED, _BE_LIBERAL = 6, 3, 0x08
 _ATTEMPTS = 8
-
-
-def packed(address: str) -> bytes:
-    """4 or 16 bytes, network order."""
-    return socket.inet_pton(family_of(address), address)
 
 
 def family_of(address: str) -> socket.AddressFamily:

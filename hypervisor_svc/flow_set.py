@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from guest_agent.handoff.segment import packed
 from hypervisor_svc import netlink
-from hypervisor_svc.conntrack import packed
 from hypervisor_svc.netlink import Netlink, attribute, nest
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import Any
 
 from guest_agent.handoff.errors import GuestError, HandoffError, HostError, Reason
 from guest_agent.handoff.hold import Hold
+from guest_agent.handoff.segment import is_intact
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Established, Event, Header, Message, Violation
 from hypervisor_svc.channel import Channel
@@ -61,7 +62,7 @@ class Guests:
         self.durations = Durations()
         self._about, self._limits, self._keep, self._injector = about, limits, keep, injector
         self._handoff = Handoff(redirect, keep, self.durations)
-        self._hand_back = HandBack(redirect, keep, injector, self.durations)
+        self._hand_back = HandBack(redirect, keep, injector, self.durations, collect=self.collect_held)
         self._server = Server(quantum=quantum, on_finished=self._finished, on_gone=self._client_gone)
         self._by_uuid: dict[str, Guest] = {}
         self._by_cookie: dict[int, Connection] = {}
@@ -370,6 +371,10 @@ class Guests:
         for cookie, segment in self._keep.drain():
             connection = self._by_cookie.get(cookie)
             if connection is None:
+                continue
+            assert connection.endpoint is not None
+            if not is_intact(segment, connection.flow.client.address, connection.endpoint.address):
+                connection.guest.counters["damaged_packets"] += 1
                 continue
             connection.guest.counters["held_packets"] += 1
             if connection.state is Host.SERVING:

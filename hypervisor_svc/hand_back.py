@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Callable
 
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import HandoffError
 from guest_agent.handoff.extract import extract
 from guest_agent.handoff.freeze import freeze, thaw
 from guest_agent.handoff.hold import Hold
+from guest_agent.handoff.segment import absorb
 from guest_agent.handoff.snapshot import Snapshot, encode
 from guest_agent.handoff.state import Host
 from hypervisor_svc.connection import Connection, Durations
@@ -37,8 +39,18 @@ from hypervisor_svc.redirect import Redirect
 class HandBack:
     """Gives connections back, and ends those that nobody can take."""
 
-    def __init__(self, redirect: Redirect, keep: Hold | None, injector: Injector, durations: Durations) -> None:
+    def __init__(
+        self,
+        redirect: Redirect,
+        keep: Hold | None,
+        injector: Injector,
+        durations: Durations,
+        *,
+        collect: Callable[[], None],
+    ) -> None:
+        """`collect` brings `Connection.held` up to date."""
         self._redirect, self._keep, self._injector, self._durations = redirect, keep, injector, durations
+        self._collect = collect
 
     def hand_back(self, connection: Connection) -> None:
         """From a connection that is served to one whose snapshot is on its way to the guest. Raises HandoffError or
@@ -49,6 +61,8 @@ class HandBack:
             connection.move(Host.FROZEN)
             snapshot = self._extract(connection)
         connection.direct = _as_expected(connection, snapshot) and self._unredirected(connection)
+        self._collect()
+        snapshot, connection.held = absorb(snapshot, connection.held)
         header, body = encode(snapshot)
         connection.parting = (self._message(connection, header), body)
         connection.move(Host.RETURNING)

@@ -7,17 +7,15 @@ says how to cut it again where the road needs that, and leaves the checksum to t
 
 from __future__ import annotations
 
-import array
 import contextlib
 import fcntl
 import os
 import socket
 import struct
-import sys
 from types import TracebackType
 from typing import Self
 
-from hypervisor_svc.conntrack import packed
+from guest_agent.handoff.segment import ones_sum, packed, pseudo_sum
 from hypervisor_svc.redirect import Flow
 
 DEVICE = "streamlift-in"
@@ -45,21 +43,10 @@ _SETTINGS = (
 )
 
 
-def ones_sum(data: bytes) -> int:
-    """The one's complement sum of 16-bit words (RFC 1071)."""
-    words = array.array("H", data + bytes(len(data) & 1))
-    if sys.byteorder == "little":
-        words.byteswap()
-    total = sum(words)
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total
-
-
 def _ip_header(flow: Flow, length: int) -> tuple[bytes, int]:
     """Header of a packet client -> server with `length` bytes of TCP, and the sum of its pseudo header (RFC 9293, 3.1)."""
     source, to = packed(flow.client.address), packed(flow.server.address)
-    pseudo = ones_sum(source + to + struct.pack("!II", length, socket.IPPROTO_TCP))
+    pseudo = pseudo_sum(flow.client.address, flow.server.address, length)
     if len(source) == 16:
         return struct.pack("!IHBB", 6 << 28, length, socket.IPPROTO_TCP, 64) + source + to, pseudo
     head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + length, 0, 0x4000, 64, socket.IPPROTO_TCP, 0) + source + to

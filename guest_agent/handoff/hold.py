@@ -31,8 +31,6 @@ RING_BYTES = 4 << 20
 SMALL, LARGE = 2048, 65536 + 64
 _RECORD = struct.Struct("=IIQ")
 _POSITION = struct.Struct("=Q")
-_ACKNOWLEDGED = struct.Struct("!I")
-_FIN, _SYN, _RST = 1, 2, 4
 _BUSY, _DISCARDED = 1 << 31, 1 << 30
 
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}.get(platform.machine(), -1)
@@ -171,15 +169,6 @@ class Hold:
         length, _, cookie = _RECORD.unpack_from(self._data, at)
         start = at + _RECORD.size
         return cookie, bytes(self._data[start : start + length])
-
-
-def is_stale(segment: bytes, unacknowledged: int) -> bool:
-    """Whether a TCP segment is a bare acknowledgement of what was acknowledged before: `unacknowledged` is SND.UNA. Such a
-    one has nothing more to say, and would be held and sent again at every handoff."""
-    if len(segment) < 20 or len(segment) > segment[12] >> 4 << 2 or segment[13] & (_FIN | _SYN | _RST):
-        return False
-    (acknowledged,) = _ACKNOWLEDGED.unpack_from(segment, 8)
-    return bool((acknowledged - unacknowledged) & 1 << 31)
 
 
 def attach(sock: socket.socket, hold: Hold | None) -> None:

@@ -9,8 +9,9 @@ import struct
 
 import pytest
 
+from guest_agent.handoff.segment import ones_sum
 from guest_agent.handoff.snapshot import Endpoint
-from hypervisor_svc.inject import CUT, build_packet, fin_segment, ones_sum
+from hypervisor_svc.inject import CUT, build_packet, fin_segment
 from hypervisor_svc.redirect import Flow
 
 FLOWS = {
@@ -72,8 +73,3 @@ def test_fin() -> None:
     stamped = fin_segment(flow, sequence=1, acknowledge=2, window=3, timestamps=(4, 5))
     assert stamped == bytes.fromhex("9c400050 00000001 00000002 8011 0003 0000 0000 0101080a 00000004 00000005")
     assert build_packet(flow, plain)
-
-
-def test_ones_sum() -> None:
-    """The example of RFC 1071 section 3."""
-    assert ones_sum(bytes.fromhex("0001f203f4f5f6f7")) == 0xDDF2

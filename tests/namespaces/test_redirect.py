@@ -22,10 +22,10 @@ from guest_agent.handoff.extract import extract
 from guest_agent.handoff.freeze import freeze, thaw
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.restore import restore_fresh, restore_in_place, send_unsent
+from guest_agent.handoff.segment import ones_sum, packed
 from guest_agent.handoff.snapshot import Endpoint
 from hypervisor_svc.bridge import BridgedRedirect
-from hypervisor_svc.conntrack import packed
-from hypervisor_svc.inject import Injector, fin_segment, ones_sum
+from hypervisor_svc.inject import Injector, fin_segment
 from hypervisor_svc.redirect import SOCKET_MARK, Flow, NatRedirect, Redirect
 from hypervisor_svc.transparent import TransparentRedirect
 from tests.namespaces import topology
