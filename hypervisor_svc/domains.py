@@ -84,7 +84,11 @@ class Domains:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wanted.wait(), INTERVAL)
             self._wanted.clear()
-            await self._compare()
+            try:
+                await self._compare()
+            except Exception:
+                # What goes wrong with one VM must not blind the service to all others.
+                log.exception("the VMs could not be compared; this is tried again")
 
     async def _compare(self) -> None:
         try:

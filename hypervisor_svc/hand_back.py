@@ -77,8 +77,8 @@ class HandBack:
 
     def recall(self, connection: Connection) -> None:
         """Packets come to our copy again: the guest's place-holder does not stand by any more. Raises HandoffError, OSError."""
-        assert connection.endpoint is not None and connection.parting is not None
         if connection.direct:
+            assert connection.endpoint is not None and connection.parting is not None
             self._redirect.redirect(connection.flow, connection.endpoint)
             connection.direct = False
             connection.parting[0]["direct"] = False
