@@ -3,18 +3,26 @@
 
 from __future__ import annotations
 
+import subprocess
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
+import libvirt
 import pytest
 
 from tests.client import make_content
-from tests.vm.conftest import Deploy, Product
-from vm_images.build import build
+from tests.vm.conftest import Deploy
+from tests.vm.libvirt_host import wait_for
+from tests.vm.product import Product
+from vm_images.build import Image, build
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
 
-SIZES = (0, 1, 4096, 65_535, 65_536, 100_000, 288_600, 1_400_000, 10_500_000, 64_000_000)
+LARGEST = 64_000_000
+SIZES = (0, 1, 4096, 65_535, 65_536, 100_000, 288_600, 1_400_000, 10_500_000, LARGEST)
 ADDRESS4, ADDRESS6 = "10.78.0.2", "fd78::2"
 TRANSPARENT = '[redirect]\nmode = "transparent"\n'
 
@@ -32,12 +40,19 @@ def assert_offloaded(product: Product, address: str, *, least: float = 0.99) -> 
     assert machine["ended"] == 0 and machine["refused"] == {}, machine
 
 
+def assert_nothing_left(product: Product, files: int) -> None:
+    """No redirect and no file descriptor outlives its connection."""
+    product.wait_home()
+    assert product.redirects() == []
+    assert product.open_files() == files
+
+
 @pytest.mark.parametrize(
     ("kernel", "address", "requests", "extra"),
     [
         pytest.param("6.12", ADDRESS4, 2000, "", id="6.12-ipv4"),
-        pytest.param("6.1", ADDRESS6, 500, "", id="6.1-ipv6"),
-        pytest.param("6.12", ADDRESS4, 300, TRANSPARENT, id="transparent-6.12-ipv4"),
+        pytest.param("6.1", ADDRESS6, 1000, "", id="6.1-ipv6"),
+        pytest.param("6.12", ADDRESS4, 500, TRANSPARENT, id="transparent-6.12-ipv4"),
     ],
 )
 def test_every_byte_of_many_requests(
@@ -47,10 +62,109 @@ def test_every_byte_of_many_requests(
     product = serve(extra=extra)
     deploy_machine(build(kernel))
     product.wait_ready(address)
-    before = product.open_files()
-    report = product.load(address, requests=requests, connections=50)
+    files = product.open_files()
+    with ThreadPoolExecutor(1) as beside:  # the random choice is mostly of small files
+        largest = beside.submit(product.fetch, address, f"{LARGEST}.bin")
+        report = product.load(address, requests=requests, connections=50)
+    assert largest.result() == (share / f"{LARGEST}.bin").read_bytes()
     assert report["errors"] == 0, report["first_errors"]
     assert report["requests"] >= requests
     assert_offloaded(product, address)
-    assert product.redirects() == []
-    assert product.open_files() == before
+    assert_nothing_left(product, files)
+
+
+class Download:
+    """A client that takes its time: the largest file, and then a small one on the same connection."""
+
+    def __init__(self, product: Product, folder: Path, *, rate: str = "16M") -> None:
+        self._paths = [folder / f"{number}.bin" for number in (LARGEST, 1_400_000)]
+        self._share = product.share
+        command = ["curl", "-sSf", "--fail-early", "--max-time", "60", "--limit-rate", rate]
+        for path in self._paths:
+            command += ["-o", str(path), f"http://{ADDRESS4}/{path.name}"]
+        self.process = subprocess.Popen(product.host.client.command(*command), stderr=subprocess.DEVNULL)
+        wait_for(lambda: product.machine()["connections_out"], seconds=20, what="the transfer is out")
+
+    def assert_complete(self) -> None:
+        """It got every byte."""
+        assert self.process.wait() == 0
+        for path in self._paths:
+            assert path.read_bytes() == (self._share / path.name).read_bytes(), path.name
+
+
+@pytest.fixture
+def product(share: Path, image: Image, serve: Serve, deploy_machine: Deploy) -> Product:
+    """The service and a VM, ready."""
+    make_content(str(share), (1_400_000, LARGEST))
+    product = serve()
+    deploy_machine(image)
+    product.wait_ready(ADDRESS4)
+    return product
+
+
+def assert_serves(product: Product) -> None:
+    """A new transfer works and goes through the host."""
+    before = product.machine()["handed_back"]
+    assert product.fetch(ADDRESS4, "1400000.bin") == (product.share / "1400000.bin").read_bytes()
+    wait_for(lambda: product.machine()["handed_back"] == before + 1, seconds=10, what="the transfer is home")
+
+
+def test_service_killed_and_started_again(product: Product, tmp_path: Path) -> None:
+    files = product.open_files()
+    download = Download(product, tmp_path)
+    product.kill()
+    product.start()
+    product.wait_ready(ADDRESS4)
+    assert_serves(product)
+    assert download.process.wait() != 0  # the connection went with the process that had it
+    wait_for(lambda: product.counters(ADDRESS4)["open_connections"] == 1, seconds=30, what="the server is rid of the client")
+    assert_nothing_left(product, files)
+
+
+def test_vm_destroyed_while_transfers_are_out(product: Product, tmp_path: Path, connection: libvirt.virConnect) -> None:
+    files = product.open_files()
+    downloads = [Download(product, tmp_path) for _ in range(3)]
+    domain = connection.lookupByName("guest")
+    domain.destroy()
+    wait_for(lambda: not product.machine(), seconds=10, what="the service sees the VM go")
+    for download in downloads:
+        download.process.wait()
+    domain.create()
+    product.wait_ready(ADDRESS4)
+    assert_serves(product)
+    wait_for(lambda: not product.redirects(), seconds=70, what="the last packets have passed")
+    assert_nothing_left(product, files)
+
+
+def test_agent_killed_while_a_transfer_is_out(product: Product, tmp_path: Path, connection: libvirt.virConnect) -> None:
+    give_shell(connection)
+    product.wait_ready(ADDRESS4)
+    files = product.open_files()
+    hellos = product.log.read_text().count("answers")
+    with open_shell(connection) as shell:
+        download = Download(product, tmp_path, rate="6M")
+        shell.write("systemctl kill --signal KILL streamlift-agent\n")
+        wait_for(lambda: product.log.read_text().count("answers") > hellos, seconds=20, what="the next agent's hello")
+    assert product.machine()["connections_out"] == 1
+    download.assert_complete()
+    product.wait_ready(ADDRESS4)
+    assert_serves(product)
+    assert_nothing_left(product, files)
+
+
+def give_shell(connection: libvirt.virConnect) -> None:
+    """Start the VM again with a shell on its serial console."""
+    domain = connection.lookupByName("guest")
+    definition = ET.fromstring(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+    command_line = definition.find("os/cmdline")
+    assert command_line is not None
+    command_line.text = f"{command_line.text} systemd.debug_shell=ttyS0"
+    domain.destroy()
+    connection.defineXML(ET.tostring(definition, encoding="unicode")).create()
+
+
+def open_shell(connection: libvirt.virConnect) -> IO[str]:
+    """That shell's input. It must stay open for a while: QEMU reads a console only as long as somebody has it open."""
+    console = ET.fromstring(connection.lookupByName("guest").XMLDesc()).find("devices/serial/source")
+    assert console is not None
+    return Path(str(console.get("path"))).open("w", encoding="ascii", buffering=1)
