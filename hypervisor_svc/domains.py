@@ -198,10 +198,14 @@ def _leases(domain: libvirt.virDomain) -> tuple[str, ...]:
 
 
 def _host_bridge(connection: libvirt.virConnect, definition: ET.Element) -> str | None:
-    """The bridge of the first card if it is one that the host's administrator made."""
-    interface = definition.find("devices/interface")
-    source = interface.find("source") if interface is not None else None
-    if interface is None or source is None:
+    """The first bridge of the host's administrator that has one of the VM's cards as a port."""
+    bridges = (_bridge_of(connection, interface) for interface in definition.iterfind("devices/interface"))
+    return next((bridge for bridge in bridges if bridge), None)
+
+
+def _bridge_of(connection: libvirt.virConnect, interface: ET.Element) -> str | None:
+    source = interface.find("source")
+    if source is None:
         return None
     if interface.get("type") == "bridge":
         return source.get("bridge")

@@ -65,7 +65,7 @@ class FlowSet:
     """The sets `name` of our table of a family. Methods raise OSError; both are idempotent."""
 
     def __init__(self, name: str, *, family: int) -> None:
-        self._name, self._family = name, family
+        self.name, self._family = name, family
         self._netlink = Netlink()
 
     def close(self) -> None:
@@ -82,5 +82,5 @@ class FlowSet:
 
     def _send(self, flow: Flow, *, remove: bool) -> None:
         sequence = self._netlink.next()
-        batch = encode(flow, self._name, remove=remove, family=self._family, sequence=sequence)
+        batch = encode(flow, self.name, remove=remove, family=self._family, sequence=sequence)
         netlink.check(self._netlink.transact(batch, sequence)[0], "nftables element", fine=())

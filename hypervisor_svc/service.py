@@ -46,10 +46,11 @@ class Service:
         self._started = time.monotonic()
         self._lossless = False
         self._guests: Guests
+        self._redirect: BridgedRedirect
 
     async def __aenter__(self) -> Service:
         async with contextlib.AsyncExitStack() as stack:
-            redirect = stack.enter_context(make_redirect(self._config))
+            redirect = self._redirect = stack.enter_context(make_redirect(self._config))
             stale = redirect.flush()
             if stale:
                 log.warning("%d redirects of an earlier service were removed", stale)
@@ -113,13 +114,15 @@ class Service:
                 addresses=tuple(str(address) for address in vm.addresses),
                 bridge=vm.bridge,
             )
-            self._guests.machine_up(machine)
+            self._machine_up(machine)
         if self._config.libvirt.enabled:
-            domains = Domains(
-                self._config.libvirt.uri, on_up=self._guests.machine_up, on_down=self._guests.machine_down
-            )
+            domains = Domains(self._config.libvirt.uri, on_up=self._machine_up, on_down=self._guests.machine_down)
             domains.start()
             stack.callback(domains.stop)
+
+    def _machine_up(self, machine: Machine) -> None:
+        self._redirect.place(machine.addresses, machine.bridge)
+        self._guests.machine_up(machine)
 
     async def _drain(self) -> None:
         """Before the end: everything that is out goes home, within DRAIN_LIMIT."""
@@ -210,8 +213,8 @@ def _connection_status(connection: Connection) -> dict[str, Any]:
     }
 
 
-def make_redirect(config: Config) -> Redirect:
-    """The redirection that the configuration asks for; bridged VMs are handled by the wrapper."""
+def make_redirect(config: Config) -> BridgedRedirect:
+    """The redirection that the configuration asks for, in the wrapper that bridged VMs need."""
     inner: Redirect
     if config.redirect.mode == "transparent":
         inner = TransparentRedirect()
@@ -219,8 +222,7 @@ def make_redirect(config: Config) -> Redirect:
         inner = NatRedirect(
             ports=config.redirect.port_range, address4=config.redirect.address4, address6=config.redirect.address6
         )
-    bridges = {vm.bridge: tuple(map(str, vm.addresses)) for vm in config.vm if vm.bridge}
-    return BridgedRedirect(inner, bridges) if bridges else inner
+    return BridgedRedirect(inner)
 
 
 async def _serve(config: Config) -> None:
