@@ -56,17 +56,18 @@ class HandBack:
         """From a connection that is served to one whose snapshot is on its way to the guest. Raises HandoffError or
         OSError if the connection cannot be frozen any more: it has died, and is the caller's to bury."""
         assert connection.sock is not None and connection.endpoint is not None
-        with self._durations.of("freeze_extract"):
-            freeze(connection.sock, self._keep, own=True)
-            connection.move(Host.FROZEN)
-            snapshot = self._extract(connection)
-        connection.direct = _as_expected(connection, snapshot) and self._unredirected(connection)
-        self._collect()
-        snapshot, connection.held = absorb(snapshot, connection.held)
-        header, body = encode(snapshot)
-        connection.parting = (self._message(connection, header), body)
-        connection.move(Host.RETURNING)
-        connection.guest.send(*connection.parting)
+        with self._durations.of("back"):
+            with self._durations.of("freeze_extract"):
+                freeze(connection.sock, self._keep, own=True)
+                connection.move(Host.FROZEN)
+                snapshot = self._extract(connection)
+            connection.direct = _as_expected(connection, snapshot) and self._unredirected(connection)
+            self._collect()
+            snapshot, connection.held = absorb(snapshot, connection.held)
+            header, body = encode(snapshot)
+            connection.parting = (self._message(connection, header), body)
+            connection.move(Host.RETURNING)
+            connection.guest.send(*connection.parting)
 
     def _unredirected(self, connection: Connection) -> bool:
         try:

@@ -48,6 +48,7 @@ class Handoff:
             ("restore", restored - opened),
             ("redirect", redirected - restored),
             ("commit", done - redirected),
+            ("out", done - begin),
         ):
             self._durations.add(step, seconds)
 

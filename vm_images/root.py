@@ -104,7 +104,8 @@ def install_agent(root: Path) -> None:
     shutil.copy(GUEST_FILES / "network", scripts / "network")
     _install_unit(root, GUEST_FILES / "streamlift-network.service", wanted_by="sysinit.target")
     _install_unit(root, GUEST_FILES / "srv-share.mount", wanted_by="multi-user.target")
-    _install_unit(root, GUEST_FILES / "streamlift-media.service", wanted_by="multi-user.target")
+    for server in ("streamlift-media.service", "streamlift-media-plain.service"):
+        _install_unit(root, GUEST_FILES / server, wanted_by="multi-user.target")
     _install_unit(root, AGENT_UNIT, wanted_by="multi-user.target")
 
 

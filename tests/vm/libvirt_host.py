@@ -60,6 +60,7 @@ PRIVATE_FOLDERS = {
     "run": "/run/libvirt",
     "log": "/var/log/libvirt",
     "cache": "/var/cache/libvirt",
+    "streamlift": "/var/lib/streamlift",
 }
 
 
@@ -81,6 +82,7 @@ class Namespaces:
             ["setpriv", "--pdeathsig", "KILL", "unshare", *options, *holder],
             stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C is for us
         )
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"ready\n":
@@ -112,6 +114,7 @@ class Namespaces:
             stdout=output,
             stderr=subprocess.STDOUT if output is not None else None,
             env={**os.environ, **(environment or {})},
+            process_group=0,
         )
 
     def signal(self, process: subprocess.Popen[bytes], number: int) -> None:

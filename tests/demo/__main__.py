@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`./run demo [--keep] [--json FILE]`: everything from nothing to a played stream, and nothing left behind.
+
+A hypervisor in namespaces of its own (`tests/vm/libvirt_host.py`), the service, a VM that `streamlift deploy` makes, and curl
+and ffmpeg as its clients. Exit status 0 only if every byte matched and every large segment was offloaded."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from tests.demo import clients, content
+from tests.demo.report import SETUPS, Report, Row
+from tests.vm.libvirt_host import HOST_ADDRESSES, LibvirtHost, wait_for
+from tests.vm.product import ROOT, Product
+from vm_images.build import build, cache_directory
+
+NAME = "tv1"
+ADDRESS = "10.78.0.2"
+PLAIN_PORT = 8080
+BLOCK_BYTES = 30_000_000
+REPEATS = 3
+console = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def stage(words: str) -> Iterator[Callable[[str], None]]:
+    """Say what takes its time, how it goes on, and how long it took."""
+    begin = time.monotonic()
+    with console.status(f"{words} ...") as status:
+        if not console.is_terminal:
+            console.print(f"{words} ...")
+        yield lambda line: status.update(f"{words}: {line}")
+    console.print(f"[green]done[/green] {words} ({time.monotonic() - begin:.1f} s)")
+
+
+@contextlib.contextmanager
+def virtual_machine(product: Product, share: Path) -> Iterator[str]:
+    """Deployed by the command line, as an operator does; the accelerator that was chosen."""
+    with contextlib.ExitStack() as undo:
+        with stage("booting a VM with `streamlift deploy`"):
+            made = product.command("deploy", NAME, "--share", str(share))
+            undo.callback(product.command, "undeploy", NAME)
+            product.wait_ready(ADDRESS)
+        yield "kvm" if "(kvm" in made else "tcg"
+
+
+@contextlib.contextmanager
+def bare_metal(host: LibvirtHost, share: Path, log: Path) -> Iterator[str]:
+    """The same media server on the hypervisor itself, without us; its address."""
+    argv = [sys.executable, "-m", "guest_agent.examples.media_server", "--root", str(share), "--port", str(PLAIN_PORT)]
+    with log.open("wb") as output:
+        server = host.start(*argv, "--no-offload", output=output, environment={"PYTHONPATH": str(ROOT)})
+    try:
+        wait_for(lambda: b"serving" in log.read_bytes(), seconds=20, what="the media server on bare metal")
+        yield f"{HOST_ADDRESSES[0]}:{PLAIN_PORT}"
+    finally:
+        host.namespaces.signal(server, signal.SIGTERM)
+
+
+def watch(product: Product, ladder: content.Ladder, root: Path) -> Row:
+    """Fetch a ladder as clients do, and compare."""
+    row, client = Row(ladder.name, ladder.segments), product.host.client
+    before = product.counters(ADDRESS)
+    got = clients.curl(client, ADDRESS, root, content.files(root, ladder))
+    row.bytes, row.faults = got.bytes, got.faults + clients.ffmpeg(client, ADDRESS, root, ladder.name)
+    after = product.counters(ADDRESS)
+    row.offloaded = after["offloaded"] - before["offloaded"]
+    row.local = Counter(after["local"]) - Counter(before["local"])
+    return row
+
+
+def measure(product: Product, ladder: content.Ladder, root: Path, metal: str) -> dict[str, list[float]]:
+    """The three set-ups side by side, with one segment of the ladder."""
+    servers = dict(zip(SETUPS, (f"{ADDRESS}:{PLAIN_PORT}", f"{ADDRESS}:80", metal), strict=True))
+    segment = content.files(root, ladder)[-2]
+    requests = max(2, BLOCK_BYTES // segment.stat().st_size)
+    path = str(segment.relative_to(root))
+    return clients.throughput(product.host.client, servers, path, requests=min(requests, 40), repeats=REPEATS)
+
+
+def run(product: Product, root: Path, accelerator: str) -> Report:
+    """All that the table shows."""
+    report = Report(ADDRESS, accelerator)
+    for ladder in content.LADDERS:
+        with stage(f"curl and ffmpeg fetch {ladder.name}"):
+            report.rows.append(watch(product, ladder, root))
+    report.steps = product.ask("status")["durations"]
+    with bare_metal(product.host, root, product.log.with_name("metal.log")) as metal:
+        for ladder, row in zip(content.LADDERS, report.rows, strict=True):
+            with stage(f"measuring {ladder.name}: {', '.join(SETUPS.values())}"):
+                row.rates = measure(product, ladder, root, metal)
+    return report
+
+
+@contextlib.contextmanager
+def reachable(host: LibvirtHost) -> Iterator[None]:
+    """A link from this machine's own network to the demo's, so that any player here can watch."""
+    pid = str(host.namespaces.pid)
+    near = ("ip", "link", "add", "streamlift-demo", "type", "veth", "peer", "name", "demo0", "netns", pid)
+    subprocess.run(near, check=True)
+    try:
+        host.run("ip", "address", "add", "203.0.113.5/30", "dev", "demo0")
+        host.run("ip", "link", "set", "demo0", "up")
+        for words in ("address add 203.0.113.6/30 dev streamlift-demo", "link set streamlift-demo up"):
+            subprocess.run(["ip", *words.split()], check=True)
+        subprocess.run(["ip", "route", "add", f"{ADDRESS}/32", "via", "203.0.113.5"], check=True)
+        yield
+    finally:
+        subprocess.run(["ip", "link", "delete", "streamlift-demo"], check=False)
+
+
+def keep(product: Product) -> None:
+    """Until Ctrl-C."""
+    with reachable(product.host):
+        out = Console()
+        paths = ", ".join(f"{ladder.name}/{content.MANIFEST}" for ladder in content.LADDERS)
+        out.print(f"\nThe VM runs. Point a player on this machine at http://{ADDRESS} with one of", soft_wrap=True)
+        out.print(f"  {paths}", soft_wrap=True)
+        out.print("What becomes of the transfers:", soft_wrap=True)
+        out.print(f"  ./run streamlift --config {product.config} status", soft_wrap=True)
+        out.print("Ctrl-C ends it and cleans up.")
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+
+
+def arguments() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="./run demo", description="a streaming VM, served by the hypervisor")
+    parser.add_argument("--keep", action="store_true", help="leave it running until Ctrl-C")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what the table shows")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Entry point; the exit status."""
+    options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with stage("building the guest image") as progress:
+        build(progress=progress)
+    with stage("making DASH content") as progress:
+        root = content.make(cache_directory().parent / "content", progress=progress)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="streamlift-demo-")))
+        with stage("starting libvirt and the service"):
+            host = stack.enter_context(LibvirtHost())
+            product = Product(host, folder, root)
+            product.start()
+            stack.callback(product.stop)
+        accelerator = stack.enter_context(virtual_machine(product, root))
+        report = run(product, root, accelerator)
+        report.show(Console())
+        if options.json:
+            options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+        if options.keep:
+            keep(product)
+    return 0 if report.holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

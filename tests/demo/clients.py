@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The clients of the demo, programs that everybody has: curl, and ffmpeg's DASH demuxer. What they get is compared with the
+files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.demo.content import MANIFEST
+from tests.vm.libvirt_host import Namespaces
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = "120"
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """How many files and ranges came, how many bytes that were, and what was wrong."""
+
+    answers: int
+    bytes: int
+    faults: list[str]
+
+
+def curl(client: Namespaces, address: str, root: Path, files: Sequence[Path]) -> Fetched:
+    """Every file, and a range from the middle of every one, on one keep-alive connection."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments: list[str] = ["curl", "-sSf", "--max-time", TIMEOUT, "-w", "%{num_connects}\n"]
+        expected: list[tuple[Path, str, bytes]] = []
+        for path in files:
+            url, data = f"http://{address}/{path.relative_to(root)}", path.read_bytes()
+            first, last = len(data) // 4, len(data) - len(data) // 4 - 1
+            for part, options in ((data, []), (data[first : last + 1], ["-r", f"{first}-{last}"])):
+                target = Path(folder) / str(len(expected))
+                more = ["--next", "-sSf", "--max-time", TIMEOUT, "-w", "%{num_connects}\n"] if expected else []
+                arguments += [*more, *options, "-o", str(target), url]
+                expected.append((target, " ".join([url, *options]), part))
+        done = subprocess.run(client.command(*arguments), capture_output=True, text=True, check=False)
+        faults = [f"curl: {line}" for line in done.stderr.splitlines()]
+        faults += [f"{what}: wrong bytes" for target, what, part in expected if not target.exists() or target.read_bytes() != part]
+    connects = sum(int(line) for line in done.stdout.split())
+    if connects != 1:
+        faults.append(f"curl needed {connects} connections, the server shall keep one alive")
+    return Fetched(len(expected), sum(len(part) for _, _, part in expected), faults)
+
+
+def ffmpeg(client: Namespaces, address: str, root: Path, ladder: str) -> list[str]:
+    """Play a ladder without decoding; what was wrong. The packets' hash must be that of the same files played locally."""
+    remote = client.command(*_play(f"http://{address}/{ladder}/{MANIFEST}"))
+    played = subprocess.run(remote, capture_output=True, text=True, check=False)
+    local = subprocess.run(_play(str(root / ladder / MANIFEST)), capture_output=True, text=True, check=True)
+    if played.returncode or played.stdout != local.stdout:
+        return [f"ffmpeg, {ladder}: {played.stderr[-300:].strip() or 'wrong bytes'}"]
+    return []
+
+
+def _play(source: str) -> list[str]:
+    return ["ffmpeg", "-v", "error", "-i", source, "-map", "0", "-c", "copy", "-f", "hash", "-hash", "sha256", "-"]
+
+
+def throughput(client: Namespaces, servers: dict[str, str], path: str, *, requests: int, repeats: int) -> dict[str, list[float]]:
+    """Mbit/s of each block of requests for one file, the servers in turn."""
+    arguments = [argument for name, address in servers.items() for argument in ("--server", f"{name}={address}")]
+    fetch = [sys.executable, "-m", "tests.performance.fetch", *arguments, "--path", f"/{path}", "--warm-up", "1"]
+    fetch += ["--requests", str(requests), "--repeats", str(repeats)]
+    done = subprocess.run(client.command("env", f"PYTHONPATH={ROOT}", *fetch), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the measuring client failed: {done.stderr[-500:]}")
+    rates: dict[str, list[float]] = {name: [] for name in servers}
+    for row in json.loads(done.stdout):
+        rates[row["side"]].append(row["bytes"] * 8e-6 / row["seconds"])
+    return rates
