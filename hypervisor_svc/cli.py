@@ -137,39 +137,51 @@ def hand_back(
 def deploy(
     name: Annotated[str, typer.Argument(help="Name of the new VM.")],
     share: ShareFolder,
-    address: Annotated[str, typer.Option(help="IPv4 address and prefix length.")] = "10.78.0.2/24",
-    address6: Annotated[str, typer.Option(help="IPv6 address and prefix length.")] = "fd78::2/64",
+    address: Annotated[str | None, typer.Option(help="IPv4 address and prefix length; routed: 10.78.0.2/24.")] = None,
+    address6: Annotated[str | None, typer.Option(help="IPv6 address and prefix length; routed: fd78::2/64.")] = None,
+    gateway: Annotated[str | None, typer.Option(help="IPv4 gateway; routed: the network's first address.")] = None,
+    gateway6: Annotated[str | None, typer.Option(help="IPv6 gateway; routed: the network's first address.")] = None,
     memory: Annotated[int, typer.Option(help="MiB.")] = 512,
     vcpus: Annotated[int, typer.Option(help="Virtual processors.")] = 2,
     kernel: Annotated[str, typer.Option(help="Kernel series of the guest: 6.1 or 6.12.")] = "6.1",
     accelerator: Annotated[str, typer.Option(help="auto, kvm or tcg; auto tries whether KVM works.")] = "auto",
-    mode: Annotated[str, typer.Option(help="routed or bridged.")] = "routed",
-    bridge: Annotated[str, typer.Option(help="The host's bridge.")] = "streamlift0",
+    mode: Annotated[str | None, typer.Option(help="routed or bridged; with --bridge: bridged.")] = None,
+    bridge: Annotated[str | None, typer.Option(help="Join this bridge of the host, which has an address on it.")] = None,
 ) -> None:
-    """Build the image if needed, make a streaming VM and start it."""
-    from hypervisor_svc.deploy import Deployment
+    """Build the image if needed, make a streaming VM and start it: on a network of its own, or on a bridge of the host."""
+    from hypervisor_svc.deploy import BRIDGE, Deployment
     from hypervisor_svc.deploy import deploy as make
     from vm_images.build import build
 
+    mode = mode or ("bridged" if bridge else "routed")
     for value, allowed in ((accelerator, ("auto", "kvm", "tcg")), (mode, ("routed", "bridged")), (kernel, ("6.1", "6.12"))):
         if value not in allowed:
             raise fail(f"{value!r} is none of {', '.join(allowed)}", code=2)
+    if mode == "bridged" and not (bridge and (address or address6)):
+        raise fail("a bridged VM needs a bridge and an address", "for example --bridge br0 --address 192.0.2.7/24", code=2)
     with _libvirt() as connection:
         image = build(kernel, progress=lambda line: typer.echo(line, err=True))
         wanted = Deployment(
             name=name,
             image=image,
             share_directory=share.resolve(),
-            address4=address or None,
-            address6=address6 or None,
+            address4=_address(address, Deployment.address4, mode),
+            address6=_address(address6, Deployment.address6, mode),
+            gateway4=gateway,
+            gateway6=gateway6,
             memory_mib=memory,
             vcpus=vcpus,
             accelerator=accelerator,  # type: ignore[arg-type]
             mode=mode,  # type: ignore[arg-type]
-            bridge=bridge,
+            bridge=bridge or BRIDGE,
         )
         made = make(connection, wanted)
     typer.echo(f"{made.name} runs ({made.accelerator}) at {', '.join(made.addresses)}; console: {made.console_log}")
+
+
+def _address(given: str | None, routed: str | None, mode: str) -> str | None:
+    """Only routed VMs have an address by default; an empty one means none of this family."""
+    return (given or None) if given is not None or mode == "bridged" else routed
 
 
 @app.command()

@@ -193,6 +193,21 @@ def _check(connection: libvirt.virConnect, deployment: Deployment) -> None:
     canonical(deployment.addresses)
     if not deployment.addresses:
         raise MachineError("the VM needs an address", hint="for example 10.78.0.2/24")
+    _check_gateways(deployment)
+
+
+def _check_gateways(deployment: Deployment) -> None:
+    """The guest could not use a next hop outside its own networks, and nobody would see its complaint."""
+    networks = [ipaddress.ip_interface(address).network for address in deployment.addresses]
+    for text in deployment.gateways:
+        try:
+            gateway = ipaddress.ip_address(text)
+        except ValueError as error:
+            raise MachineError(str(error), hint="write a gateway like 192.0.2.1, without a prefix length") from error
+        if not gateway.is_link_local and not any(gateway in network for network in networks):
+            raise MachineError(
+                f"the gateway {gateway} is in none of the VM's networks", hint="is the address's prefix length right?"
+            )
 
 
 def _first_host(address: str) -> str:

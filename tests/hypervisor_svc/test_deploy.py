@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hypervisor_svc import attach
-from hypervisor_svc.deploy import Deployment, domain_element, kernel_arguments, network_element
+from hypervisor_svc.deploy import Deployment, _check_gateways, domain_element, kernel_arguments, network_element
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,18 @@ def test_bridged_domain_joins_the_bridge_without_a_network(deployment: Deploymen
 
 def test_bridged_domain_has_no_gateway_unless_given(deployment: Deployment) -> None:
     assert dataclasses.replace(deployment, mode="bridged").gateways == ()
+
+
+@pytest.mark.parametrize("gateway", ["192.0.3.1", "192.0.2.1/24", "router"])
+def test_a_gateway_that_the_vm_cannot_reach_is_refused(deployment: Deployment, gateway: str) -> None:
+    bridged = dataclasses.replace(deployment, mode="bridged", bridge="br0", address4="192.0.2.7/24", gateway4=gateway)
+    with pytest.raises(attach.MachineError) as caught:
+        _check_gateways(bridged)
+    assert caught.value.hint
+
+
+def test_a_link_local_gateway_is_reachable(deployment: Deployment) -> None:
+    _check_gateways(dataclasses.replace(deployment, mode="bridged", bridge="br0", gateway6="fe80::1"))
 
 
 def test_kernel_arguments_hand_over_the_network(deployment: Deployment) -> None:
