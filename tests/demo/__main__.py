@@ -21,14 +21,13 @@ from pathlib import Path
 from rich.console import Console
 
 from tests.demo import clients, content
-from tests.demo.report import SETUPS, Report, Row
-from tests.vm.libvirt_host import HOST_ADDRESSES, LibvirtHost, wait_for
-from tests.vm.product import ROOT, Product
+from tests.demo.report import Report, Row
+from tests.performance import fetch
+from tests.vm.libvirt_host import LibvirtHost
+from tests.vm.product import Product
+from tests.vm.setups import ADDRESS, NAMES, bare_metal, product_on_host, virtual_machine
 from vm_images.build import build, cache_directory
 
-NAME = "tv1"
-ADDRESS = "10.78.0.2"
-PLAIN_PORT = 8080
 BLOCK_BYTES = 30_000_000
 REPEATS = 3
 console = Console(stderr=True)
@@ -45,30 +44,6 @@ def stage(words: str) -> Iterator[Callable[[str], None]]:
     console.print(f"[green]done[/green] {words} ({time.monotonic() - begin:.1f} s)")
 
 
-@contextlib.contextmanager
-def virtual_machine(product: Product, share: Path) -> Iterator[str]:
-    """Deployed by the command line, as an operator does; the accelerator that was chosen."""
-    with contextlib.ExitStack() as undo:
-        with stage("booting a VM with `streamlift deploy`"):
-            made = product.command("deploy", NAME, "--share", str(share))
-            undo.callback(product.command, "undeploy", NAME)
-            product.wait_ready(ADDRESS)
-        yield "kvm" if "(kvm" in made else "tcg"
-
-
-@contextlib.contextmanager
-def bare_metal(host: LibvirtHost, share: Path, log: Path) -> Iterator[str]:
-    """The same media server on the hypervisor itself, without us; its address."""
-    argv = [sys.executable, "-m", "guest_agent.examples.media_server", "--root", str(share), "--port", str(PLAIN_PORT)]
-    with log.open("wb") as output:
-        server = host.start(*argv, "--no-offload", output=output, environment={"PYTHONPATH": str(ROOT)})
-    try:
-        wait_for(lambda: b"serving" in log.read_bytes(), seconds=20, what="the media server on bare metal")
-        yield f"{HOST_ADDRESSES[0]}:{PLAIN_PORT}"
-    finally:
-        host.namespaces.signal(server, signal.SIGTERM)
-
-
 def watch(product: Product, ladder: content.Ladder, root: Path) -> Row:
     """Fetch a ladder as clients do, and compare."""
     row, client = Row(ladder.name, ladder.segments), product.host.client
@@ -81,13 +56,13 @@ def watch(product: Product, ladder: content.Ladder, root: Path) -> Row:
     return row
 
 
-def measure(product: Product, ladder: content.Ladder, root: Path, metal: str) -> dict[str, list[float]]:
-    """The three set-ups side by side, with one segment of the ladder."""
-    servers = dict(zip(SETUPS, (f"{ADDRESS}:{PLAIN_PORT}", f"{ADDRESS}:80", metal), strict=True))
+def measure(product: Product, ladder: content.Ladder, root: Path, servers: dict[str, str]) -> dict[str, list[float]]:
+    """Mbit/s of blocks of requests for one segment of the ladder, the set-ups in turn."""
     segment = content.files(root, ladder)[-2]
-    requests = max(2, BLOCK_BYTES // segment.stat().st_size)
-    path = str(segment.relative_to(root))
-    return clients.throughput(product.host.client, servers, path, requests=min(requests, 40), repeats=REPEATS)
+    requests = min(max(2, BLOCK_BYTES // segment.stat().st_size), 40)
+    path = f"/{segment.relative_to(root)}"
+    rows = fetch.measure(product.host.client.command, servers, path, requests=requests, repeats=REPEATS)
+    return {name: [fetch.megabits(row) for row in rows if row["side"] == name] for name in NAMES}
 
 
 def run(product: Product, root: Path, accelerator: str) -> Report:
@@ -97,10 +72,10 @@ def run(product: Product, root: Path, accelerator: str) -> Report:
         with stage(f"curl and ffmpeg fetch {ladder.name}"):
             report.rows.append(watch(product, ladder, root))
     report.steps = product.ask("status")["durations"]
-    with bare_metal(product.host, root, product.log.with_name("metal.log")) as metal:
+    with bare_metal(product.host, root, product.log.with_name("metal.log")) as servers:
         for ladder, row in zip(content.LADDERS, report.rows, strict=True):
-            with stage(f"measuring {ladder.name}: {', '.join(SETUPS.values())}"):
-                row.rates = measure(product, ladder, root, metal)
+            with stage(f"measuring {ladder.name}: {', '.join(NAMES.values())}"):
+                row.rates = measure(product, ladder, root, servers)
     return report
 
 
@@ -154,11 +129,9 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="streamlift-demo-")))
         with stage("starting libvirt and the service"):
-            host = stack.enter_context(LibvirtHost())
-            product = Product(host, folder, root)
-            product.start()
-            stack.callback(product.stop)
-        accelerator = stack.enter_context(virtual_machine(product, root))
+            product = stack.enter_context(product_on_host(folder, root))
+        with stage("booting a VM with `streamlift deploy`"):
+            accelerator = stack.enter_context(virtual_machine(product))
         report = run(product, root, accelerator)
         report.show(Console())
         if options.json:

@@ -4,9 +4,7 @@ files."""
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +13,6 @@ from pathlib import Path
 from tests.demo.content import MANIFEST
 from tests.vm.libvirt_host import Namespaces
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = "120"
 
 
@@ -62,17 +59,3 @@ def ffmpeg(client: Namespaces, address: str, root: Path, ladder: str) -> list[st
 
 def _play(source: str) -> list[str]:
     return ["ffmpeg", "-v", "error", "-i", source, "-map", "0", "-c", "copy", "-f", "hash", "-hash", "sha256", "-"]
-
-
-def throughput(client: Namespaces, servers: dict[str, str], path: str, *, requests: int, repeats: int) -> dict[str, list[float]]:
-    """Mbit/s of each block of requests for one file, the servers in turn."""
-    arguments = [argument for name, address in servers.items() for argument in ("--server", f"{name}={address}")]
-    fetch = [sys.executable, "-m", "tests.performance.fetch", *arguments, "--path", f"/{path}", "--warm-up", "1"]
-    fetch += ["--requests", str(requests), "--repeats", str(repeats)]
-    done = subprocess.run(client.command("env", f"PYTHONPATH={ROOT}", *fetch), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the measuring client failed: {done.stderr[-500:]}")
-    rates: dict[str, list[float]] = {name: [] for name in servers}
-    for row in json.loads(done.stdout):
-        rates[row["side"]].append(row["bytes"] * 8e-6 / row["seconds"])
-    return rates

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-SETUPS = {"vm": "VM alone", "offload": "offloaded", "metal": "bare metal"}
+from tests.vm.setups import NAMES, caveat
+
 STEPS = {"out": "to the host", "back": "back home"}
 
 
@@ -54,9 +55,7 @@ class Report:
     @property
     def caveat(self) -> str:
         """What the figures cannot show."""
-        if self.accelerator == "kvm":
-            return "Client, hypervisor and VM share this machine's processors."
-        return "No KVM here: QEMU emulates the VM's processors, which makes the VM alone far slower than it would be."
+        return caveat(self.accelerator)
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -85,12 +84,12 @@ class Report:
     def show(self, console: Console) -> None:
         """For people."""
         table = Table(title=f"DASH from the VM at {self.address}; throughput of one client in Mbit/s", title_justify="left")
-        for name in ("ladder", "seg-\nments", "MB\nfetched", "bytes\nmatch", "host\nserved", "guest\nserved", *SETUPS.values()):
+        for name in ("ladder", "seg-\nments", "MB\nfetched", "bytes\nmatch", "host\nserved", "guest\nserved", *NAMES.values()):
             table.add_column(name.replace(" ", "\n"), justify="right" if name != "ladder" else "left")
         for row in self.rows:
             verdict = "[green]all[/green]" if not row.faults else f"[red]{len(row.faults)} wrong[/red]"
             local = "\n".join(f"{count} {reason}" for reason, count in sorted(row.local.items())) or "0"
-            rates = (f"{row.rate(setup):,.0f}" for setup in SETUPS)
+            rates = (f"{row.rate(setup):,.0f}" for setup in NAMES)
             table.add_row(row.name, str(row.segments), f"{row.bytes / 1e6:,.1f}", verdict, str(row.offloaded), local, *rates)
         console.print(table)
         console.print(self._caption())

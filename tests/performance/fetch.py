@@ -12,11 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import socket
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 TIMEOUT = 60.0
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Connection:
@@ -72,6 +76,26 @@ def _block(name: str, connection: Connection, repeat: int, requests: int) -> dic
     }
 
 
+def measure(
+    inside: Callable[..., list[str]], servers: Mapping[str, str], path: str, *, requests: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Run this program as `inside(*argv)` says (the client's namespace); its rows. Raises RuntimeError."""
+    argv = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "tests.performance.fetch", "--path", path]
+    for name, address in servers.items():
+        argv += ["--server", f"{name}={address}"]
+    argv += ["--requests", str(requests), "--repeats", str(repeats)]
+    done = subprocess.run(inside(*argv), capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the client failed: {done.stderr[-2000:]}")
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows
+
+
+def megabits(row: Mapping[str, Any]) -> float:
+    """The throughput of a block, Mbit/s."""
+    return float(row["bytes"] * 8e-6 / row["seconds"])
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description="fetch one path from several servers in turn")
@@ -79,7 +103,7 @@ def main() -> int:
     parser.add_argument("--path", required=True)
     parser.add_argument("--requests", type=int, default=50, help="a block")
     parser.add_argument("--repeats", type=int, default=10, help="blocks a server")
-    parser.add_argument("--warm-up", type=int, default=5, help="requests to each server that do not count")
+    parser.add_argument("--warm-up", type=int, default=3, help="requests to each server that do not count")
     options = parser.parse_args()
     named = (server.split("=", 1) for server in options.server)
     connections = {name: Connection(address, options.path) for name, address in named}

@@ -9,9 +9,8 @@ DASH on a link of 1 Gbit/s and on one without a limit."""
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,9 +21,10 @@ from typing import Any
 from rich.table import Table
 
 from tests.client import make_content
-from tests.namespaces.deployment import ROOT, Deployment, Process, deployed, wait_for
+from tests.namespaces.deployment import Deployment, Process, deployed, wait_for
 from tests.namespaces.topology import Network, routed
 from tests.performance import bench
+from tests.performance import fetch as fetch_client
 from tests.performance.bench import Bar, Report, percentile
 
 LATENCY_SIZE = 100_000
@@ -78,14 +78,15 @@ def baseline(deployment: Deployment) -> Iterator[Process]:
 
 def fetch(deployment: Deployment, phase: str, size: int, *, requests: int, repeats: int) -> list[dict[str, Any]]:
     """Rows of `tests.performance.fetch` in the client's namespace."""
-    address = deployment.network.guest_address[4]
-    argv = ["ip", "netns", "exec", deployment.network.client.name, sys.executable, "-m", "tests.performance.fetch"]
-    argv += ["--server", f"offload={address}:{deployment.port}", "--server", f"baseline={address}:{BASELINE_PORT}"]
-    argv += ["--path", f"/{size}.bin", "--requests", str(requests), "--repeats", str(repeats)]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the client failed: {done.stderr[-2000:]}")
-    return [{"phase": phase, "size": size, **row} for row in json.loads(done.stdout)]
+    address, client = deployment.network.guest_address[4], deployment.network.client.name
+    servers = {"offload": f"{address}:{deployment.port}", "baseline": f"{address}:{BASELINE_PORT}"}
+    inside = functools.partial(_inside, client)
+    rows = fetch_client.measure(inside, servers, f"/{size}.bin", requests=requests, repeats=repeats)
+    return [{"phase": phase, "size": size, **row} for row in rows]
+
+
+def _inside(namespace: str, *argv: str) -> list[str]:
+    return ["ip", "netns", "exec", namespace, *argv]
 
 
 def measure(deployment: Deployment, plan: Plan, report: Report) -> None:
@@ -122,7 +123,7 @@ def latencies(rows: Sequence[dict[str, Any]], side: str) -> list[float]:
 def rates(rows: Sequence[dict[str, Any]], phase: str, size: int, side: str) -> list[float]:
     """Mbit/s of every block."""
     wanted = (phase, size, side)
-    return [row["bytes"] * 8e-6 / row["seconds"] for row in rows if (row["phase"], row["size"], row["side"]) == wanted]
+    return [fetch_client.megabits(row) for row in rows if (row["phase"], row["size"], row["side"]) == wanted]
 
 
 def ratio(rows: Sequence[dict[str, Any]], phase: str, size: int) -> float:

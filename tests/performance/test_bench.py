@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.performance import bench, handoff
+from tests.performance import bench, files, handoff
 from tests.performance.bench import Bar, Report
 
 
@@ -82,6 +82,33 @@ def test_handoff_holds() -> None:
 def test_handoff_falls_short() -> None:
     bars = handoff.judge(_rows(added=4000, rate=70), {"offloaded": 5, "local": {"busy": 5}, "failed": 0})
     assert [bar.holds for bar in bars] == [False, False, True, False, False, False, False]
+
+
+def _sweep(**milliseconds: list[float]) -> list[dict[str, Any]]:
+    """One request for each of the sizes 1000, 2000, ... and set-up."""
+    return [
+        {"size": 1000 * (step + 1), "side": setup, "latencies_us": [time * 1e3]}
+        for setup, times in milliseconds.items()
+        for step, time in enumerate(times)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("offload", "expected"),
+    [([9, 9, 9, 9], None), ([9, 9, 1, 1], 3000), ([1, 9, 1, 1], 3000), ([1, 1, 1, 1], 1000), ([1, 1, 1, 9], None)],
+)
+def test_where_it_begins_to_pay(offload: list[float], expected: int | None) -> None:
+    assert files.crossover(_sweep(vm=[2, 2, 2, 2], offload=offload)) == expected
+
+
+def test_files_verdict(tmp_path: Path) -> None:
+    rows = _sweep(vm=[2, 4], offload=[4, 2], metal=[1, 1])
+    bars = files.judge(rows, ALL_OFFLOADED)
+    assert [(bar.value, bar.holds) for bar in bars] == [(2, True), (1, True)]
+    bars = files.judge(_sweep(vm=[2, 2], offload=[4, 4]), {"offloaded": 1, "local": {"host_away": 1}, "failed": 0})
+    assert [(bar.value, bar.holds) for bar in bars] == [(0.5, False), (0.5, False)]
+    files.plot(rows, files.crossover(rows), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_plot_is_a_png(tmp_path: Path) -> None:

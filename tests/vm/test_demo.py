@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from tests.demo.content import LADDERS, MANIFEST
-from tests.demo.report import SETUPS, Report, Row
+from tests.demo.report import Report, Row
 from tests.vm.product import ROOT
+from tests.vm.setups import NAMES
 
 
 def links() -> str:
@@ -56,7 +57,7 @@ def assert_complete(report: dict[str, Any]) -> None:
         # curl fetches each segment whole and in part, ffmpeg once more
         assert ladder["offloaded"] == 3 * made.segments
         assert set(ladder["local"]) == {"too_small"}
-        assert all(min(ladder["mbit_per_second"][setup]) > 0 for setup in SETUPS)
+        assert all(min(ladder["mbit_per_second"][setup]) > 0 for setup in NAMES)
 
 
 @pytest.mark.parametrize(
