@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -15,7 +16,7 @@ import pytest
 
 from tests.client import make_content
 from tests.vm.conftest import Deploy
-from tests.vm.libvirt_host import wait_for
+from tests.vm.libvirt_host import LibvirtHost, wait_for
 from tests.vm.product import Product
 from vm_images.build import Image, build
 
@@ -71,6 +72,54 @@ def test_every_byte_of_many_requests(
     assert report["requests"] >= requests
     assert_offloaded(product, address)
     assert_nothing_left(product, files)
+
+
+@pytest.fixture
+def bridge(libvirt_host: LibvirtHost) -> Iterator[str]:
+    """A bridge of the host with the client as a port."""
+    host, client = libvirt_host, libvirt_host.client
+    client_addresses = ("192.0.2.2/24", "fd78:b::2/64")
+    with contextlib.ExitStack() as undo:
+        undo.callback(client.run, "ip", "neighbour", "flush", "dev", "eth0")  # the next VM has another MAC address
+        host.run("ip", "link", "add", "br0", "type", "bridge", "forward_delay", "0")
+        undo.callback(host.run, "ip", "link", "delete", "br0")
+        host.run("ip", "link", "set", "client0", "master", "br0")
+        host.run("ip", "link", "set", "br0", "up")
+        for address in ("192.0.2.1/24", "fd78:b::1/64"):
+            host.run("ip", "address", "add", address, "dev", "br0", *nodad(address))
+        for address in client_addresses:
+            client.run("ip", "address", "add", address, "dev", "eth0", *nodad(address))
+            undo.callback(client.run, "ip", "address", "delete", address, "dev", "eth0")
+        yield "br0"
+
+
+def nodad(address: str) -> tuple[str, ...]:
+    """An IPv6 address of ours need not be probed for a second."""
+    return ("nodad",) if ":" in address else ()
+
+
+@pytest.mark.parametrize("extra", ["", TRANSPARENT], ids=["nat", "transparent"])
+def test_bridged_vm_found_live(
+    extra: str, bridge: str, share: Path, serve: Serve, deploy_machine: Deploy, libvirt_host: LibvirtHost
+) -> None:
+    """The client's frames would pass the host's bridge; they come to the service all the same."""
+    make_content(str(share), SIZES)
+    product = serve(extra=extra)
+    deploy_machine(build("6.12"), mode="bridged", bridge=bridge, address4="192.0.2.7/24", address6="fd78:b::7/64")
+    product.wait_ready("192.0.2.7")
+    files = product.open_files()
+    for address in ("192.0.2.7", "fd78:b::7"):
+        report = product.load(address, requests=300, connections=50)
+        assert report["errors"] == 0, report["first_errors"]
+        assert_offloaded(product, address)
+    assert "elements" not in libvirt_host.run("nft", "list", "table", "bridge", "streamlift")
+    assert_nothing_left(product, files)
+
+    product.stop()  # and found again at the next start
+    product.start()
+    product.wait_ready("192.0.2.7")
+    assert product.fetch("192.0.2.7", "1400000.bin") == (share / "1400000.bin").read_bytes()
+    wait_for(lambda: product.machine()["handed_back"] == 1, seconds=10, what="the transfer is home")
 
 
 class Download:
