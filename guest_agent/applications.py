@@ -113,7 +113,7 @@ class Applications:
         elif operation == "sendfile":
             self._transfers.begin(client.adopt(self._transfer(client, request, fds)))
         elif operation == "reclaim":
-            self._transfers.reclaim(client.adopt(self._reclaimed(client, request, fds)))
+            self._transfers.reclaim(client.adopt(self._reclaimed(client, request, fds)), age=_seconds(request["age"]))
         else:
             raise ValueError(f"op {operation!r} is none of sendfile, reclaim, status")
 
@@ -238,6 +238,12 @@ def _number(value: object, least: int) -> int:
     if type(value) is not int or not least <= value < 1 << 62:
         raise ValueError(f"{value!r} is not a number of bytes")
     return value
+
+
+def _seconds(value: object) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < 1 << 32:
+        raise ValueError(f"{value!r} is not a number of seconds")
+    return float(value)
 
 
 def may_ask(uid: int, gid: int, allowed: frozenset[str]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -59,6 +60,7 @@ class Transfer:
     sent_before: int = 0
     application_gone: bool = False
     timer: asyncio.TimerHandle | None = None
+    begun: float = field(default_factory=time.monotonic)
 
     def move(self, to: Guest) -> None:
         """Go to another state of the table in `handoff/state.py`."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,7 @@ class _Pending:
     """A request under way. `asked`: the agent may have acted on it, so only the agent can say how it ended.
     `when_over` runs once, also if nobody waits any more."""
 
-    __slots__ = ("asked", "fds", "future", "message", "sock", "token", "when_over")
+    __slots__ = ("asked", "begun", "fds", "future", "message", "sock", "token", "when_over")
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class _Pending:
     ) -> None:
         self.token, self.sock, self.message, self.fds = token, sock, message, fds
         self.future, self.when_over, self.asked = future, when_over, False
+        self.begun = time.monotonic()
 
     def end(self, outcome: Reply | Exception) -> None:
         """Tell the caller, if it still waits."""
@@ -178,7 +180,7 @@ class Link:
             pending.end(lost(self._absent))
             return
         number = next_number()
-        pending.message, pending.fds = encode_reclaim(number, pending.token), (fd,)
+        pending.message, pending.fds = encode_reclaim(number, pending.token, pending.begun), (fd,)
         self._pending[number] = pending
 
     def close_idle(self) -> None:

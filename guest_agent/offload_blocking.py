@@ -61,7 +61,7 @@ class BlockingAgent:
 
     def request(self, sock: socket.socket, file_fd: int, offset: int, count: int, priority: str) -> Reply:
         """Ask the agent and wait. Raises ConnectionResetError if it goes away with the connection for good."""
-        number, token = next_number(), new_token()
+        number, token, begun = next_number(), new_token(), time.monotonic()
         message = encode_sendfile(number, token, offset, count, priority)
         try:
             connection = self._send(message, sock.fileno(), file_fd)
@@ -74,7 +74,7 @@ class BlockingAgent:
         try:
             return read_reply(self._answer(connection, number))
         except ConnectionError as error:
-            return self._reclaim(sock, token, error)
+            return self._reclaim(sock, token, begun, error)
 
     def status(self) -> Message | None:
         """The agent's status, which also says which shares there are now; None while it is absent."""
@@ -156,22 +156,22 @@ class BlockingAgent:
         self._idle.append(connection)
         return message
 
-    def _reclaim(self, sock: socket.socket, token: str, why: Exception) -> Reply:
+    def _reclaim(self, sock: socket.socket, token: str, begun: float, why: Exception) -> Reply:
         """Give the socket to the agent's next life and wait for what that says."""
         self.close()
         until = time.monotonic() + RECLAIM_LIMIT
         while time.monotonic() < until:
             try:
-                return self._reclaim_once(sock, token)
+                return self._reclaim_once(sock, token, begun)
             except (OSError, Refused) as error:
                 why = error
                 time.sleep(RECLAIM_PAUSE)
         raise lost(why)
 
-    def _reclaim_once(self, sock: socket.socket, token: str) -> Reply:
+    def _reclaim_once(self, sock: socket.socket, token: str, begun: float) -> Reply:
         connection, number = self._open(), next_number()
         try:
-            send_message(connection, encode_reclaim(number, token), sock.fileno())
+            send_message(connection, encode_reclaim(number, token, begun), sock.fileno())
         except BaseException:
             connection.close()
             raise

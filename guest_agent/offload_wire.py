@@ -102,9 +102,10 @@ def encode_sendfile(number: int, token: str, offset: int, count: int, priority: 
     ).encode()
 
 
-def encode_reclaim(number: int, token: str) -> bytes:
-    """Goes with the socket of the transfer `token`."""
-    return f'{{"v":1,"op":"reclaim","id":{number},"token":"{token}"}}'.encode()
+def encode_reclaim(number: int, token: str, begun: float) -> bytes:
+    """Goes with the socket of the transfer `token`, which was asked for at `begun` (time.monotonic()): a host's service that
+    is younger cannot know what became of it."""
+    return f'{{"v":1,"op":"reclaim","id":{number},"token":"{token}","age":{time.monotonic() - begun:.6f}}}'.encode()
 
 
 def encode_status(number: int) -> bytes:

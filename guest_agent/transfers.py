@@ -7,6 +7,7 @@ import asyncio
 import errno
 import logging
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from guest_agent import hand_out, take_back
 from guest_agent.hand_out import Outcome, Send, Transfer
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import GuestError, HandoffError, NotMovable, Reason
-from guest_agent.handoff.freeze import thaw
+from guest_agent.handoff.freeze import is_frozen, thaw
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.segment import is_intact, is_stale
 from guest_agent.handoff.state import Guest, move_guest
@@ -65,9 +66,9 @@ class Transfers:
             self.counters["handed_out"] += 1
             self._set_timer(transfer, OFFER_LIMIT, self._ask_again)
 
-    def reclaim(self, transfer: Transfer) -> None:
-        """An application comes back with the socket of a transfer that another life of this agent began."""
-        transfer.state = Guest.OFFERED
+    def reclaim(self, transfer: Transfer, *, age: float) -> None:
+        """An application comes back with the socket of a transfer that another life of this agent began, `age` seconds ago."""
+        transfer.state, transfer.begun = Guest.OFFERED, time.monotonic() - age
         self._by_token[transfer.token] = transfer
         self.counters["reclaimed"] += 1
         if self._is_up():
@@ -132,10 +133,11 @@ class Transfers:
         self._send({"type": "standing_by", "token": transfer.token, "ready": transfer.standing_by}, b"")
 
     def _on_refused(self, transfer: Transfer, header: Header, body: bytes) -> None:
-        if transfer.state is not Guest.OFFERED:
+        reason = _reason(header)
+        if transfer.state is not Guest.OFFERED or (transfer.snapshot is None and reason is Reason.HOST_LOST):
             self._host_lost(transfer)
             return
-        self._undo(transfer, _reason(header), str(header.get("message", "")))
+        self._undo(transfer, reason, str(header.get("message", "")))
 
     def _on_hand_back(self, transfer: Transfer, header: Header, body: bytes) -> None:
         if transfer.state in (Guest.OUT, Guest.OFFERED):
@@ -151,6 +153,20 @@ class Transfers:
         if header.get("direct") is True:
             self._come_home(transfer)
         self._send({"type": "restored", "token": transfer.token}, b"")
+
+    def _on_home(self, transfer: Transfer, header: Header, body: bytes) -> None:
+        """The host has let go before: our last word, or the host's, was lost."""
+        if transfer.state is Guest.RETURNING:
+            self._come_home(transfer)
+        elif is_frozen(transfer.sock) and header.get("unsent") is not False:
+            message = "the agent was restarted while it took the connection back"
+            self._bury(transfer, Outcome("failed", _sent(header), Reason.RESTORE_FAILED, message, errno.ECONNRESET))
+        else:
+            if is_frozen(transfer.sock):
+                thaw(transfer.sock)
+            transfer.move(Guest.HOME)
+            self._forget(transfer)
+            self._finish(transfer, _returned(header))
 
     def _not_restored(self, transfer: Transfer, error: HandoffError | OSError) -> None:
         log.warning("%s could not come home: %s", transfer.token, error)
@@ -170,7 +186,11 @@ class Transfers:
 
     def _come_home(self, transfer: Transfer) -> None:
         """The host let go: thaw, and send after it what came while we were frozen."""
-        take_back.thaw(transfer)
+        try:
+            take_back.thaw(transfer)
+        except (HandoffError, OSError) as error:
+            self._bury(transfer, Outcome("failed", 0, Reason.RESTORE_FAILED, str(error), errno.ECONNRESET))
+            return
         self.collect_held()
         self._forget(transfer)
         self._send_held(transfer)
@@ -197,18 +217,27 @@ class Transfers:
         self._finish(transfer, outcome)
 
     def _host_lost(self, transfer: Transfer) -> None:
-        """The service that had the socket is gone. An offer was never taken, or died with it frozen and unheard; what is
-        restored here is ours; anything else is lost."""
+        """The service that had the socket is dead, and with it whatever it had. An offer that it did not answer it did not
+        take, for it answers before it sends; what is restored here is ours; anything else is lost."""
         if transfer.state is Guest.RETURNING:
             self._come_home(transfer)
-        elif transfer.state is Guest.OFFERED:
+        elif transfer.state is Guest.OFFERED and transfer.snapshot is not None:
             self._undo(transfer, Reason.HOST_LOST, "the host's service went away before it took the connection")
         else:
-            message = "the host's service went away with the connection"
-            self._bury(transfer, Outcome("failed", 0, Reason.HOST_LOST, message, errno.ECONNRESET))
+            self._lose(transfer, "the host's service went away with the connection")
+
+    def _lose(self, transfer: Transfer, message: str) -> None:
+        self._bury(transfer, Outcome("failed", 0, Reason.HOST_LOST, message, errno.ECONNRESET))
 
     def _resume(self, transfer: Transfer) -> None:
-        self._send({"type": "resume", "token": transfer.token, "standing_by": transfer.standing_by}, b"")
+        told = {
+            "type": "resume",
+            "token": transfer.token,
+            "standing_by": transfer.standing_by,
+            "frozen": is_frozen(transfer.sock),
+            "age": time.monotonic() - transfer.begun,
+        }
+        self._send(told, b"")
 
     def _ask_again(self, transfer: Transfer) -> None:
         if transfer.state is Guest.OFFERED and transfer.token in self._by_token:
@@ -226,9 +255,11 @@ class Transfers:
             self._doubt = self._loop.call_later(DOUBT_LIMIT, self._end_doubt)
 
     def _end_doubt(self) -> None:
+        """Nothing was heard for too long. The host may be alive and the owner, so nothing thaws: two owners are worse than
+        none."""
         self._doubt = None
         for transfer in list(self._by_token.values()):
-            self._host_lost(transfer)
+            self._lose(transfer, f"the host's service did not answer for {DOUBT_LIMIT:g} s")
 
     def _forget(self, transfer: Transfer) -> None:
         self._by_token.pop(transfer.token, None)

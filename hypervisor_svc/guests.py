@@ -11,7 +11,7 @@ import logging
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from guest_agent.handoff.errors import GuestError, HandoffError, HostError, Reason
 from guest_agent.handoff.hold import Hold
@@ -39,7 +39,9 @@ MEASURE_INTERVAL = 1.0
 LINGER = 60.0
 """Seconds that the redirect of a connection which the host closed stays: the length of TIME_WAIT."""
 MAX_SEGMENTS = 4096
-_REMEMBERED = 4096
+_REMEMBERED = 8192
+"""How many transfers that are over are remembered, for an agent that was restarted and asks."""
+T = TypeVar("T")
 
 
 class Limits:
@@ -59,6 +61,7 @@ class Guests:
     def __init__(
         self, *, about: Header, redirect: Redirect, keep: Hold | None, injector: Injector, quantum: int, limits: Limits
     ) -> None:
+        self._loop = asyncio.get_running_loop()
         self.durations = Durations()
         self._about, self._limits, self._keep, self._injector = about, limits, keep, injector
         self._handoff = Handoff(redirect, keep, self.durations)
@@ -66,9 +69,9 @@ class Guests:
         self._server = Server(quantum=quantum, on_finished=self._finished, on_gone=self._client_gone)
         self._by_uuid: dict[str, Guest] = {}
         self._by_cookie: dict[int, Connection] = {}
-        self._refused_flows: OrderedDict[str, Flow] = OrderedDict()
-        self._failures: OrderedDict[str, Header] = OrderedDict()
-        self._loop = asyncio.get_running_loop()
+        self._offered_flows: OrderedDict[str, Flow] = OrderedDict()
+        self._over: OrderedDict[str, Header] = OrderedDict()
+        self._started = self._loop.time()
         if keep is not None:
             self._loop.add_reader(keep, self.collect_held)
         self._measure()
@@ -146,6 +149,9 @@ class Guests:
             handler(guest, event.header, event.body)
         except HandoffError as error:
             self._count_refusal(guest, error.reason, str(error))
+        except OSError as error:
+            log.exception("%s: %s", guest.machine.name, event.header["type"])
+            self._count_refusal(guest, Reason.RESTORE_FAILED, str(error))
 
     def _count_refusal(self, guest: Guest, reason: Reason, message: str) -> None:
         guest.refused[reason.value] += 1
@@ -185,9 +191,7 @@ class Guests:
             raise GuestError(Reason.DUPLICATE, "a transfer with this token is under way")
         check_flow(job.snapshot, guest.machine.addresses)
         flow = Flow(client=job.snapshot.peer, server=job.snapshot.local)
-        self._refused_flows[job.token] = flow
-        if len(self._refused_flows) > _REMEMBERED:
-            self._refused_flows.popitem(last=False)
+        self._remember(self._offered_flows, job.token, flow)
         if any(other.flow == flow for other in guest.connections.values()):
             raise GuestError(Reason.DUPLICATE, f"the host has this connection already: {flow.client}")
         if guest.draining:
@@ -203,12 +207,13 @@ class Guests:
         guest.send(reply)
 
     def _serve(self, guest: Guest, connection: Connection) -> None:
-        """Committed. The first bytes leave before the guest is told: the client is waiting, the guest is not."""
+        """Committed. The guest is told before the first byte leaves: an offer without an answer was never taken, then, even
+        if this process is killed in between."""
         guest.connections[connection.token] = connection
         self._by_cookie[connection.cookie] = connection
         guest.counters["handed_out"] += 1
-        self._server.add(connection)
         guest.send({"type": "taken", "token": connection.token})
+        self._server.add(connection)
         self.collect_held()
 
     def _on_standing_by(self, guest: Guest, header: Header, body: bytes) -> None:
@@ -232,7 +237,7 @@ class Guests:
             self._hand_back.unredirect(connection)
         self.collect_held()  # after the last packet that can have come to our copy
         self._forget(connection)
-        self._hand_back.release(connection)
+        self._remember(self._over, connection.token, self._hand_back.release(connection))
         guest.counters["handed_back"] += 1
         self.durations.add("whole", self._loop.time() - connection.started)
 
@@ -251,7 +256,7 @@ class Guests:
     def _on_late(self, guest: Guest, header: Header, body: bytes) -> None:
         token = read_token(header)
         connection = guest.connections.get(token)
-        flow = connection.flow if connection else self._refused_flows.get(token)
+        flow = connection.flow if connection else self._offered_flows.get(token)
         if flow is None or flow.server.address not in guest.machine.addresses:
             raise GuestError(Reason.UNKNOWN_TRANSFER, "late packets of a transfer that never was")
         for segment in _segments(body):
@@ -263,12 +268,15 @@ class Guests:
         token = read_token(header)
         connection = guest.connections.get(token)
         if connection is None:
-            gone = GuestError(Reason.UNKNOWN_TRANSFER, "the host does not have this connection")
-            failure = self._failures.get(token)
-            if failure is not None:
-                guest.send(failure)
+            over = self._over.get(token)
+            if over is not None:
+                guest.send(over)
             else:
-                self._refuse(guest, token, gone)
+                self._refuse(guest, token, self._never_had(header))
+            return
+        if connection.direct and header.get("frozen") is False:
+            self._on_restored(guest, header, body)
+            guest.send(self._over[token])
             return
         guest.send({"type": "taken", "token": token})
         if connection.parting is not None:
@@ -277,6 +285,13 @@ class Guests:
             guest.send(*connection.parting)
         elif connection.finished:
             self._finished(connection)
+
+    def _never_had(self, header: Header) -> HandoffError:
+        """Of a transfer that is older than this service nobody knows what became."""
+        age = header.get("age")
+        if isinstance(age, int | float) and 0 <= age < self._loop.time() - self._started:
+            return GuestError(Reason.UNKNOWN_TRANSFER, "the host does not have this connection")
+        return HostError(Reason.HOST_LOST, "the host's service was restarted meanwhile")
 
     # What becomes of a connection.
 
@@ -341,9 +356,7 @@ class Guests:
             "message": connection.message or "the client is gone",
             "sent": connection.sent,
         }
-        self._failures[connection.token] = failure
-        if len(self._failures) > _REMEMBERED:
-            self._failures.popitem(last=False)
+        self._remember(self._over, connection.token, failure)
         connection.guest.send(failure)
 
     def _end(self, connection: Connection) -> None:
@@ -355,6 +368,11 @@ class Guests:
         connection.close()
         connection.guest.counters["ended"] += 1
         self._loop.call_later(LINGER, self._hand_back.forget, connection)
+
+    def _remember(self, memory: OrderedDict[str, T], token: str, value: T) -> None:
+        memory[token] = value
+        if len(memory) > _REMEMBERED:
+            memory.popitem(last=False)
 
     def _forget(self, connection: Connection) -> None:
         connection.guest.connections.pop(connection.token, None)

@@ -31,6 +31,7 @@ from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.segment import absorb
 from guest_agent.handoff.snapshot import Snapshot, encode
 from guest_agent.handoff.state import Host
+from guest_agent.handoff.wire import Header
 from hypervisor_svc.connection import Connection, Durations
 from hypervisor_svc.inject import Injector, fin_segment
 from hypervisor_svc.redirect import Redirect
@@ -97,7 +98,7 @@ class HandBack:
             )
         return snapshot
 
-    def _message(self, connection: Connection, snapshot: dict[str, object]) -> dict[str, object]:
+    def _message(self, connection: Connection, snapshot: Header) -> Header:
         return {
             "type": "hand_back",
             "token": connection.token,
@@ -115,8 +116,8 @@ class HandBack:
         with self._durations.of("unredirect"):
             self._redirect.unredirect(connection.flow, connection.endpoint)
 
-    def release(self, connection: Connection) -> None:
-        """The guest owns the connection."""
+    def release(self, connection: Connection) -> Header:
+        """The guest owns the connection. What a restarted agent is told that asks for it later."""
         if not connection.direct:
             connection.guest.send({"type": "released", "token": connection.token})
         connection.close()
@@ -125,6 +126,10 @@ class HandBack:
             self._injector.inject(connection.flow, segment)
         if connection.fin:
             self._injector.inject(connection.flow, connection.fin)
+        assert connection.parting is not None
+        said = connection.parting[0]
+        home = {key: said[key] for key in ("token", "sent", "reason", "message", "errno")}
+        return {"type": "home", "unsent": said["snapshot"]["queues"][2] > 0, **home}
 
     def end(self, connection: Connection) -> None:
         """Nobody can take the connection: close it as the kernel does for a process that dies. The redirect stays until

@@ -105,7 +105,7 @@ class Handoff:
         if connection.sock is not None:
             with contextlib.suppress(OSError):
                 connection.sock.setsockopt(socket.IPPROTO_TCP, kernel.TCP_REPAIR, kernel.REPAIR_ON)
-        if connection.endpoint is not None and connection.state is Host.OFFERED:
+        if connection.endpoint is not None and connection.state in (Host.OFFERED, Host.RESTORED):
             self._redirect.release(connection.flow, connection.endpoint)
         connection.close()
         if connection.state is not Host.GONE:

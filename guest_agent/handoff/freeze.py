@@ -30,6 +30,11 @@ def freeze(sock: socket.socket, keep: Hold | None, *, own: bool = False) -> None
         raise
 
 
+def is_frozen(sock: socket.socket) -> bool:
+    """Whether the socket is in repair mode."""
+    return sock.getsockopt(socket.IPPROTO_TCP, kernel.TCP_REPAIR) != 0
+
+
 def thaw(sock: socket.socket) -> None:
     """Undo `freeze`: no window probe is sent. SO_REUSEADDR is set because leaving repair mode resets it, and a server
     that starts anew could not bind its port beside such a connection (do_tcp_setsockopt, SK_NO_REUSE)."""
