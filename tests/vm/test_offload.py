@@ -165,6 +165,7 @@ def test_service_killed_and_started_again(product: Product, tmp_path: Path) -> N
     product.start()
     product.wait_ready(ADDRESS4)
     assert_serves(product)
+    assert "1 redirects of an earlier service were removed" in product.log.read_text()
     assert download.process.wait() != 0  # the connection went with the process that had it
     wait_for(lambda: product.counters(ADDRESS4)["open_connections"] == 1, seconds=30, what="the server is rid of the client")
     assert_nothing_left(product, files)
@@ -176,8 +177,7 @@ def test_vm_destroyed_while_transfers_are_out(product: Product, tmp_path: Path, 
     domain = connection.lookupByName("guest")
     domain.destroy()
     wait_for(lambda: not product.machine(), seconds=10, what="the service sees the VM go")
-    for download in downloads:
-        download.process.wait()
+    assert all(download.process.wait() for download in downloads)  # nobody is left who could answer the next request
     domain.create()
     product.wait_ready(ADDRESS4)
     assert_serves(product)
