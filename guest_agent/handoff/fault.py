@@ -3,7 +3,8 @@
 
 STREAMLIFT_FAULT is a comma-separated list of SIDE:STATE=ACTION[@N], read once at start: on reaching STATE for the Nth time
 (default: every time) the process is killed (`kill`), an OSError is raised (`raise`: EIO) or the process sleeps
-0.3 seconds (`stall`). Unset, it costs one comparison."""
+0.3 seconds (`stall`). @FILE takes the list from a file, which is deleted before the first action: a process that is started
+again does not meet its fault again. Unset, it costs one comparison."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import re
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 _RULE = re.compile(r"(guest|host):([a-z_]+)=(kill|raise|stall)(?:@(\d+))?")
 _seen: Counter[str] = Counter()
@@ -28,7 +30,15 @@ def _rules(text: str) -> dict[str, tuple[str, int]]:
     return rules
 
 
-_RULES = _rules(os.environ.get("STREAMLIFT_FAULT", ""))
+def _read(text: str) -> str:
+    if not text.startswith("@"):
+        return text
+    file = Path(text[1:])
+    return file.read_text().strip() if file.exists() else ""
+
+
+_WANTED = os.environ.get("STREAMLIFT_FAULT", "")
+_RULES = _rules(_read(_WANTED))
 
 
 def reach(point: str) -> None:
@@ -42,6 +52,8 @@ def _act(point: str) -> None:
     _seen[point] += 1
     if turn and _seen[point] != turn:
         return
+    if _WANTED.startswith("@"):
+        Path(_WANTED[1:]).unlink(missing_ok=True)
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "stall":

@@ -132,7 +132,7 @@ class Deployment:
         return report
 
 
-def _config(network: Network, folder: Path, share: Path, extra: str, mode: str) -> str:
+def _config(network: Network, folder: Path, share: Path, extra: str, mode: str, channel: str) -> str:
     addresses = json.dumps(list(network.guest_address.values()))
     bridge = f'bridge = "{network.bridge}"' if network.bridge else ""
     return f"""
@@ -144,7 +144,7 @@ mode = "{mode}"
 enabled = false
 [[vm]]
 name = "guest"
-channel = "{folder}/port.sock"
+channel = "{folder}/{channel}"
 share = "{share}"
 addresses = {addresses}
 {bridge}
@@ -154,11 +154,18 @@ addresses = {addresses}
 
 @contextlib.contextmanager
 def deployed(
-    network: Network, folder: Path, share: Path, *, mode: str = "nat", extra: str = "", offload: bool = True
+    network: Network,
+    folder: Path,
+    share: Path,
+    *,
+    mode: str = "nat",
+    extra: str = "",
+    offload: bool = True,
+    channel: str = "port.sock",
 ) -> Iterator[Deployment]:
-    """Everything up and ready; torn down in the end."""
+    """Everything up and ready; torn down in the end. With another `channel` the service looks for it there in the folder."""
     config = folder / "streamlift.toml"
-    config.write_text(_config(network, folder, share, extra, mode))
+    config.write_text(_config(network, folder, share, extra, mode, channel))
     python, socket_path = sys.executable, str(folder / "agent.sock")
     service = Process(network.host, [python, "-m", "hypervisor_svc", "--config", str(config), "serve"], folder / "service.log")
     agent_argv = [python, "-m", "guest_agent", "--port", f"unix:{folder}/port.sock", "--socket", socket_path]
