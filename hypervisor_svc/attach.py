@@ -66,7 +66,7 @@ def attach(
         restart |= bool(domain.isActive())
         parts.append("share")
     if addresses_of(_definition(domain)) != canonical(addresses):
-        _set_metadata(domain, metadata_element(canonical(addresses)))
+        _set_addresses(domain, canonical(addresses))
         parts.append("addresses")
     return Change(tuple(parts), restart)
 
@@ -85,7 +85,7 @@ def detach(connection: libvirt.virConnect, name: str) -> Change:
         restart |= bool(domain.isActive())
         parts.append("share")
     if addresses_of(_definition(domain)):
-        _set_metadata(domain, None)
+        _set_addresses(domain, ())
         parts.append("addresses")
     return Change(tuple(parts), restart)
 
@@ -234,6 +234,15 @@ def _without_shares(domain: libvirt.virDomain) -> ET.Element:
     for filesystem in _shares(definition):
         devices.remove(filesystem)
     return definition
+
+
+def _set_addresses(domain: libvirt.virDomain, addresses: Sequence[str]) -> None:
+    """What `deploy` keeps beside the addresses stays: `undeploy` knows its VMs by it."""
+    element = metadata_element(addresses)
+    deployed = _definition(domain).find(f"metadata/{{{NAMESPACE}}}vm/{{{NAMESPACE}}}deployed")
+    if deployed is not None:
+        element.append(deployed)
+    _set_metadata(domain, element if len(element) else None)
 
 
 def _set_metadata(domain: libvirt.virDomain, element: ET.Element | None) -> None:

@@ -14,6 +14,8 @@ from typing import IO
 import libvirt
 import pytest
 
+from hypervisor_svc import attach
+from hypervisor_svc.deploy import undeploy
 from tests.client import make_content
 from tests.vm.conftest import Deploy
 from tests.vm.libvirt_host import LibvirtHost, wait_for
@@ -99,32 +101,55 @@ def nodad(address: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("extra", ["", TRANSPARENT], ids=["nat", "transparent"])
-def test_bridged_vm_found_live(
-    extra: str, bridge: str, share: Path, serve: Serve, deploy_machine: Deploy, libvirt_host: LibvirtHost
-) -> None:
+def test_bridged_vm_found_live(extra: str, bridge: str, share: Path, serve: Serve, libvirt_host: LibvirtHost) -> None:
     """The client's frames would pass the host's bridge; they come to the service all the same."""
     make_content(str(share), SIZES)
     product = serve(extra=extra)
-    deploy_machine(build("6.12"), mode="bridged", bridge=bridge, address4="192.0.2.7/24", address6="fd78:b::7/64")
+    with contextlib.ExitStack() as undo:
+        place = ("--bridge", bridge, "--address", "192.0.2.7/24", "--address6", "fd78:b::7/64")
+        product.command("deploy", "guest", "--share", str(share), "--kernel", "6.12", *place)
+        undo.callback(product.command, "undeploy", "guest")
+        carry_bridged_traffic(product, libvirt_host)
+
+
+def carry_bridged_traffic(product: Product, host: LibvirtHost) -> None:
+    """Requests over both families, then a restart of the service, which finds the VM again."""
     product.wait_ready("192.0.2.7")
     files = product.open_files()
-    for netfilter in ("0", "1"):  # whether the host's IP rules see bridged frames
+    for netfilter in ("0", "1"):  # whether the IP rules of a host with br_netfilter see bridged frames
         for version in ("", "6"):
-            libvirt_host.run("sysctl", "-qw", f"net.bridge.bridge-nf-call-ip{version}tables={netfilter}")
+            host.run("sysctl", "-qew", f"net.bridge.bridge-nf-call-ip{version}tables={netfilter}")
         for address in ("192.0.2.7", "fd78:b::7"):
             report = product.load(address, requests=200, connections=50)
             assert report["errors"] == 0, report["first_errors"]
             assert_offloaded(product, address)
     machine = product.machine()
     assert machine["late_packets"] < machine["handed_out"], "the guest, not the host, heard the client"
-    assert "elements" not in libvirt_host.run("nft", "list", "table", "bridge", "streamlift")
+    assert "elements" not in host.run("nft", "list", "table", "bridge", "streamlift")
     assert_nothing_left(product, files)
 
     product.stop()  # and found again at the next start
     product.start()
     product.wait_ready("192.0.2.7")
+    assert product.fetch("192.0.2.7", "1400000.bin") == (product.share / "1400000.bin").read_bytes()
+    wait_for(lambda: product.machine()["handed_back"] == 1, seconds=10, what="the transfer is home")
+
+
+def test_attached_vm(bridge: str, share: Path, serve: Serve, deploy_machine: Deploy, connection: libvirt.virConnect) -> None:
+    """A VM without our parts: its operator attaches the channel, the share and its address."""
+    make_content(str(share), (1_400_000,))
+    product = serve()
+    deploy_machine(build("6.12"), mode="bridged", bridge=bridge, address4="192.0.2.7/24", address6=None)
+    domain = connection.lookupByName("guest")
+    domain.destroy()
+    assert attach.detach(connection, "guest").parts == ("channel", "share", "addresses")
+    changed = product.command("attach", "guest", "--share", str(share), "--address", "192.0.2.7")
+    assert changed == "changed: channel, share, addresses\n"  # and no restart: it does not run
+    domain.create()
+    product.wait_ready("192.0.2.7")
     assert product.fetch("192.0.2.7", "1400000.bin") == (share / "1400000.bin").read_bytes()
     wait_for(lambda: product.machine()["handed_back"] == 1, seconds=10, what="the transfer is home")
+    undeploy(connection, "guest")  # which still knows whose work the rest of the VM is
 
 
 class Download:
