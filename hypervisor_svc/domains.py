@@ -42,7 +42,7 @@ class Machine:
 class Domains:
     """Reports VMs through `on_up(machine)` and `on_down(uuid)`, both called in the asyncio loop of `start()`.
 
-    A VM that changed (restarted, other addresses) is reported as down and up again.
+    A VM that changed (restarted, other addresses) is reported as up again.
     """
 
     def __init__(
@@ -105,12 +105,11 @@ class Domains:
         self._report(found)
 
     def _report(self, found: dict[str, Machine]) -> None:
-        for uuid, known in list(self.machines.items()):
-            if found.get(uuid) != known:
-                del self.machines[uuid]
-                self._on_down(uuid)
+        for uuid in self.machines.keys() - found.keys():
+            del self.machines[uuid]
+            self._on_down(uuid)
         for uuid, machine in found.items():
-            if uuid not in self.machines:
+            if self.machines.get(uuid) != machine:
                 self.machines[uuid] = machine
                 self._on_up(machine)
 
@@ -214,8 +213,10 @@ def _bridge_of(connection: libvirt.virConnect, interface: ET.Element) -> str | N
         return None
     try:
         forward = ET.fromstring(connection.networkLookupByName(network).XMLDesc()).find("forward")
-    except libvirt.libvirtError:
-        return None
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_NETWORK:
+            return None
+        raise
     return source.get("bridge") if forward is not None and forward.get("mode") == "bridge" else None
 
 

@@ -87,7 +87,11 @@ class Guests:
     # VMs come and go.
 
     def machine_up(self, machine: Machine) -> None:
-        """A VM with our channel runs: connect to it."""
+        """A VM with our channel runs, or has changed: connect to it, unless its channel is the one that we have."""
+        known = self._by_uuid.get(machine.uuid)
+        if known is not None and known.machine.channel_path == machine.channel_path:
+            known.machine = machine  # what is out stays out
+            return
         self.machine_down(machine.uuid)
         guest = Guest(machine)
         guest.channel = Channel(
@@ -101,7 +105,7 @@ class Guests:
         guest.channel.start()
 
     def machine_down(self, uuid: str) -> None:
-        """The VM is gone, and with it everybody who could take its connections back: they are ended after their file."""
+        """The VM is gone, and with it everybody who could take its connections back: they are ended."""
         guest = self._by_uuid.pop(uuid, None)
         if guest is None:
             return

@@ -136,32 +136,39 @@ def carry_bridged_traffic(product: Product, host: LibvirtHost) -> None:
     wait_for(lambda: product.machine()["handed_back"] == 1, seconds=10, what="the transfer is home")
 
 
-def test_attached_vm(bridge: str, share: Path, serve: Serve, deploy_machine: Deploy, connection: libvirt.virConnect) -> None:
-    """A VM without our parts: its operator attaches the channel, the share and its address."""
-    make_content(str(share), (1_400_000,))
+def test_attached_vm(
+    bridge: str, share: Path, tmp_path: Path, serve: Serve, deploy_machine: Deploy, connection: libvirt.virConnect
+) -> None:
+    """A VM without our parts: its operator attaches the channel, the share and its address; later another address."""
+    make_content(str(share), (1_400_000, LARGEST))
     product = serve()
     deploy_machine(build("6.12"), mode="bridged", bridge=bridge, address4="192.0.2.7/24", address6=None)
     domain = connection.lookupByName("guest")
     domain.destroy()
     assert attach.detach(connection, "guest").parts == ("channel", "share", "addresses")
-    changed = product.command("attach", "guest", "--share", str(share), "--address", "192.0.2.7")
-    assert changed == "changed: channel, share, addresses\n"  # and no restart: it does not run
+    command = ("attach", "guest", "--share", str(share), "--address", "192.0.2.7")
+    assert product.command(*command) == "changed: channel, share, addresses\n"  # and no restart: it does not run
     domain.create()
     product.wait_ready("192.0.2.7")
-    assert product.fetch("192.0.2.7", "1400000.bin") == (share / "1400000.bin").read_bytes()
-    wait_for(lambda: product.machine()["handed_back"] == 1, seconds=10, what="the transfer is home")
+
+    download = Download(product, tmp_path, address="192.0.2.7")
+    assert product.command(*command, "--address", "192.0.2.8") == "changed: addresses\n"
+    wait_for(lambda: "192.0.2.8" in product.machine()["addresses"], seconds=10, what="the address is known")
+    assert product.machine()["connections_out"] == 1
+    download.assert_complete()
+    assert_offloaded(product, "192.0.2.7")
     undeploy(connection, "guest")  # which still knows whose work the rest of the VM is
 
 
 class Download:
     """A client that takes its time: the largest file, and then a small one on the same connection."""
 
-    def __init__(self, product: Product, folder: Path, *, rate: str = "16M") -> None:
+    def __init__(self, product: Product, folder: Path, *, address: str = ADDRESS4, rate: str = "16M") -> None:
         self._paths = [folder / f"{number}.bin" for number in (LARGEST, 1_400_000)]
         self._share = product.share
         command = ["curl", "-sSf", "--fail-early", "--max-time", "60", "--limit-rate", rate]
         for path in self._paths:
-            command += ["-o", str(path), f"http://{ADDRESS4}/{path.name}"]
+            command += ["-o", str(path), f"http://{address}/{path.name}"]
         self.process = subprocess.Popen(product.host.client.command(*command), stderr=subprocess.DEVNULL)
         wait_for(lambda: product.machine()["connections_out"], seconds=20, what="the transfer is out")
 
