@@ -114,9 +114,12 @@ class Durations:
         """Record one duration."""
         self._steps.setdefault(step, deque(maxlen=8192)).append(seconds)
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Per step the number of samples, p50 and p99 in microseconds."""
-        return {step: _summary(sorted(values)) for step, values in self._steps.items() if values}
+    def summary(self, samples: int | None = None) -> dict[str, dict[str, float]]:
+        """Per step the number of samples, p50 and p99 in microseconds, of all or of the last `samples`. Raises ValueError."""
+        if samples is not None and samples < 1:
+            raise ValueError(f"samples must be positive, not {samples}")
+        first = -samples if samples else None
+        return {step: _summary(sorted(list(values)[first:])) for step, values in self._steps.items()}
 
 
 def _summary(values: list[float]) -> dict[str, float]:

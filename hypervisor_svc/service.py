@@ -148,7 +148,7 @@ class Service:
             "backend": {"name": BACKEND, "why": BACKEND_WHY},
             "redirect": self._config.redirect.mode,
             "lossless_freeze": self._lossless,
-            "durations": self._guests.durations.summary(),
+            "durations": self._guests.durations.summary(request.get("samples")),
             "machines": machines,
             "totals": {
                 key: sum(machine[key] for machine in machines)
