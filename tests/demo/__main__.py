@@ -46,13 +46,16 @@ def stage(words: str) -> Iterator[Callable[[str], None]]:
 
 def watch(product: Product, ladder: content.Ladder, root: Path) -> Row:
     """Fetch a ladder as clients do, and compare."""
-    row, client = Row(ladder.name, ladder.segments), product.host.client
+    client, files = product.host.client, content.files(root, ladder)
     before = product.counters(ADDRESS)
-    got = clients.curl(client, ADDRESS, root, content.files(root, ladder))
-    row.bytes, row.faults = got.bytes, got.faults + clients.ffmpeg(client, ADDRESS, root, ladder.name)
+    curl = clients.curl(client, ADDRESS, root, files)
+    ffmpeg = clients.ffmpeg(client, ADDRESS, root, ladder.name, files)
+    product.wait_home()
     after = product.counters(ADDRESS)
+    row = Row(ladder.name, ladder.segments, curl.sizes + ffmpeg.sizes, curl.faults + ffmpeg.faults)
     row.offloaded = after["offloaded"] - before["offloaded"]
     row.local = Counter(after["local"]) - Counter(before["local"])
+    row.steps = product.ask("status", samples=max(1, row.offloaded))["durations"]
     return row
 
 
@@ -71,7 +74,6 @@ def run(product: Product, root: Path, accelerator: str) -> Report:
     for ladder in content.LADDERS:
         with stage(f"curl and ffmpeg fetch {ladder.name}"):
             report.rows.append(watch(product, ladder, root))
-    report.steps = product.ask("status")["durations"]
     with bare_metal(product.host, root, product.log.with_name("metal.log")) as servers:
         for ladder, row in zip(content.LADDERS, report.rows, strict=True):
             with stage(f"measuring {ladder.name}: {', '.join(NAMES.values())}"):
@@ -142,4 +144,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

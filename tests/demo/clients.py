@@ -18,10 +18,9 @@ TIMEOUT = "120"
 
 @dataclass(frozen=True)
 class Fetched:
-    """How many files and ranges came, how many bytes that were, and what was wrong."""
+    """Bytes of every answer that was asked for, and what was wrong."""
 
-    answers: int
-    bytes: int
+    sizes: list[int]
     faults: list[str]
 
 
@@ -44,17 +43,18 @@ def curl(client: Namespaces, address: str, root: Path, files: Sequence[Path]) ->
     connects = sum(int(line) for line in done.stdout.split())
     if connects != 1:
         faults.append(f"curl needed {connects} connections, the server shall keep one alive")
-    return Fetched(len(expected), sum(len(part) for _, _, part in expected), faults)
+    return Fetched([len(part) for _, _, part in expected], faults)
 
 
-def ffmpeg(client: Namespaces, address: str, root: Path, ladder: str) -> list[str]:
-    """Play a ladder without decoding; what was wrong. The packets' hash must be that of the same files played locally."""
+def ffmpeg(client: Namespaces, address: str, root: Path, ladder: str, files: Sequence[Path]) -> Fetched:
+    """Play a ladder without decoding, which fetches each of its files. The packets' hash must be that of the same played
+    locally."""
     remote = client.command(*_play(f"http://{address}/{ladder}/{MANIFEST}"))
     played = subprocess.run(remote, capture_output=True, text=True, check=False)
     local = subprocess.run(_play(str(root / ladder / MANIFEST)), capture_output=True, text=True, check=True)
-    if played.returncode or played.stdout != local.stdout:
-        return [f"ffmpeg, {ladder}: {played.stderr[-300:].strip() or 'wrong bytes'}"]
-    return []
+    wrong = played.returncode or played.stdout != local.stdout
+    faults = [f"ffmpeg, {ladder}: {played.stderr[-300:].strip() or 'wrong bytes'}"] if wrong else []
+    return Fetched([path.stat().st_size for path in files], faults)
 
 
 def _play(source: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.demo.content import LADDERS, MANIFEST
-from tests.demo.report import Report, Row
+from tests.demo.report import LARGE, STEPS, Report, Row
 from tests.vm.product import ROOT
 from tests.vm.setups import NAMES
 
@@ -55,7 +55,8 @@ def assert_complete(report: dict[str, Any]) -> None:
     for ladder, made in zip(report["ladders"], LADDERS, strict=True):
         assert ladder["faults"] == []
         # curl fetches each segment whole and in part, ffmpeg once more
-        assert ladder["offloaded"] == 3 * made.segments
+        assert ladder["offloaded"] == ladder["large_answers"] == 3 * made.segments
+        assert all(ladder["handoff_us"][step]["samples"] == ladder["offloaded"] for step in STEPS)
         assert set(ladder["local"]) == {"too_small"}
         assert all(min(ladder["mbit_per_second"][setup]) > 0 for setup in NAMES)
 
@@ -66,11 +67,12 @@ def assert_complete(report: dict[str, Any]) -> None:
         ({}, True),
         ({"faults": ["wrong bytes"]}, False),
         ({"local": {"table_full": 1}}, False),
-        ({"offloaded": 0}, False),
+        ({"offloaded": 11}, False),
+        ({"sizes": [LARGE - 1], "offloaded": 0}, False),
     ],
 )
 def test_the_verdict(change: dict[str, Any], holds: bool) -> None:
-    row = Row("tv", 4, offloaded=12)
+    row = Row("tv", 4, [LARGE] * 12 + [LARGE - 1] * 6, offloaded=12)
     row.local["too_small"] = 6
     for name, value in change.items():
         setattr(row, name, value)
