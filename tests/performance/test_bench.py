@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verdicts, on measurements that were made up."""
+"""The verdicts, on measurements that were made up; and one benchmark with a VM, as its users run it."""
 
 from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from tests.performance import bench, files, handoff
 from tests.performance.bench import Bar, Report
+from tests.vm.setups import NAMES
 
 
 @pytest.mark.parametrize(
@@ -109,6 +112,20 @@ def test_files_verdict(tmp_path: Path) -> None:
     assert [(bar.value, bar.holds) for bar in bars] == [(0.5, False), (0.5, False)]
     files.plot(rows, files.crossover(rows), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.vm
+def test_the_sweep_runs(tmp_path: Path) -> None:
+    """From which size on it pays is not judged here: other tests may be running."""
+    report, plot = tmp_path / "files.json", tmp_path / "files.png"
+    argv = [sys.executable, "-m", "tests.performance.files", "--quick", "--json", str(report), "--plot", str(plot)]
+    done = subprocess.run(argv, cwd=bench.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, bench.FALLS_SHORT), done.stderr
+    data = json.loads(report.read_text())
+    assert {(row["size"], row["side"]) for row in data["rows"]} == {(size, name) for size in files.QUICK.sizes for name in NAMES}
+    assert [bar["holds"] for bar in data["bars"] if bar["name"].startswith("bodies")] == [True]
+    assert "crossover_bytes" in data
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_plot_is_a_png(tmp_path: Path) -> None:
