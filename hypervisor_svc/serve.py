@@ -56,6 +56,7 @@ class Server:
         self._by_fd: dict[int, Connection] = {}
         self._ready: dict[Guest, tuple[deque[Connection], ...]] = {}
         self._waiting_for_ack: set[Connection] = set()
+        self._fetching: set[Connection] = set()
         self._round: asyncio.Handle | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="streamlift-read")
@@ -137,8 +138,10 @@ class Server:
             self._round = self._loop.call_soon(self._take_turns)
 
     def _advance(self, connection: Connection) -> None:
-        """One quantum. The file's part is in memory, or is fetched first."""
+        """One quantum. The file's part is in memory, or is fetched first; meanwhile nothing else of it is sent."""
         assert connection.sock is not None
+        if connection in self._fetching:
+            return
         length = min(connection.job.count - connection.sent, self._quantum)
         offset = connection.job.offset + connection.sent
         if not _resident(connection.file, offset, length):
@@ -155,7 +158,10 @@ class Server:
         except BlockingIOError:
             return
         except OSError as error:
-            self._error(connection, error)
+            if error.errno in _READ_ERRORS:
+                self._unreadable(connection, error)
+            else:
+                self._gone(connection, error.errno or errno.ECONNRESET)
             return
         self._account(connection, sent)
 
@@ -172,15 +178,13 @@ class Server:
         else:
             self._enqueue(connection)
 
-    def _error(self, connection: Connection, error: OSError) -> None:
-        if error.errno in _READ_ERRORS:
-            connection.reason, connection.errno = Reason.READ_ERROR, error.errno or errno.EIO
-            connection.message = f"reading {connection.job.path!r}: {error.strerror}"
-            connection.finished = True
-            self._waiting_for_ack.add(connection)
-            self._check_acknowledged(connection)
-        else:
-            self._gone(connection, error.errno or errno.ECONNRESET)
+    def _unreadable(self, connection: Connection, error: OSError) -> None:
+        """The connection goes home with what was sent, and the application learns why."""
+        connection.reason, connection.errno = Reason.READ_ERROR, error.errno or errno.EIO
+        connection.message = f"reading {connection.job.path!r}: {error.strerror}"
+        connection.finished = True
+        self._waiting_for_ack.add(connection)
+        self._check_acknowledged(connection)
 
     def _gone(self, connection: Connection, number: int) -> None:
         self.remove(connection)
@@ -205,17 +209,26 @@ class Server:
     # The disk.
 
     def _fetch(self, connection: Connection, offset: int, length: int) -> None:
-        future = self._loop.run_in_executor(self._readers, _read_in, os.dup(connection.file), offset, length)
+        try:
+            file = os.dup(connection.file)
+        except OSError as error:
+            self._unreadable(connection, error)
+            return
+        self._fetching.add(connection)
+        future = self._loop.run_in_executor(self._readers, _read_in, file, offset, length)
         future.add_done_callback(lambda done: self._fetched(connection, offset, length, done))
 
     def _fetched(self, connection: Connection, offset: int, length: int, done: asyncio.Future[None]) -> None:
         """Send without asking again whether the part is resident: under memory pressure it might never be."""
+        self._fetching.discard(connection)
         if connection.state is not Host.SERVING or connection.sock is None or done.cancelled():
+            return
+        if connection.sock.fileno() not in self._by_fd:
             return
         error = done.exception()
         if isinstance(error, OSError):
-            self._error(connection, error)
-        elif connection.sock.fileno() in self._by_fd:
+            self._unreadable(connection, error)
+        else:
             self._send(connection, offset, length)
 
 
