@@ -21,6 +21,7 @@ from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.segment import is_intact, is_stale
 from guest_agent.handoff.state import Guest, move_guest
 from guest_agent.handoff.wire import Header
+from guest_agent.reset import provoke
 
 log = logging.getLogger("streamlift.agent")
 
@@ -225,6 +226,15 @@ class Transfers:
             self._undo(transfer, Reason.HOST_LOST, "the host's service went away before it took the connection")
         else:
             self._lose(transfer, "the host's service went away with the connection")
+            self._tell_client(transfer)
+
+    def _tell_client(self, transfer: Transfer) -> None:
+        """The service's redirects are gone as well: what the client answers comes to us."""
+        if transfer.snapshot is not None:
+            try:
+                provoke(transfer.snapshot, time.monotonic() - transfer.begun)
+            except OSError as error:
+                log.warning("%s: the client is not told: %s", transfer.token, error)
 
     def _lose(self, transfer: Transfer, message: str) -> None:
         self._bury(transfer, Outcome("failed", 0, Reason.HOST_LOST, message, errno.ECONNRESET))

@@ -37,7 +37,8 @@ STAND_BY_LIMIT = 0.2
 MEASURE_INTERVAL = 1.0
 """Seconds over which a VM's rate is measured."""
 LINGER = 60.0
-"""Seconds that the redirect of a connection which the host closed stays: the length of TIME_WAIT."""
+"""Seconds that the redirect of a connection which the host closed stays at most, while its last packets pass."""
+LINGER_INTERVAL = 0.5
 MAX_SEGMENTS = 4096
 _REMEMBERED = 8192
 """How many transfers that are over are remembered, for an agent that was restarted and asks."""
@@ -211,12 +212,18 @@ class Guests:
         guest.send(reply)
 
     def _serve(self, guest: Guest, connection: Connection) -> None:
-        """Committed. The guest is told before the first byte leaves: an offer without an answer was never taken, then, even
-        if this process is killed in between."""
+        """The guest is told, and then it is ours."""
         guest.connections[connection.token] = connection
         self._by_cookie[connection.cookie] = connection
         guest.counters["handed_out"] += 1
         guest.send({"type": "taken", "token": connection.token})
+        try:
+            self._handoff.commit(connection)
+        except HandoffError as error:
+            connection.reason, connection.message = error.reason, str(error)
+            self._end(connection)
+            self._tell_failed(connection, error.errno or errno.EIO)
+            return
         self._server.add(connection)
         self.collect_held()
 
@@ -316,7 +323,7 @@ class Guests:
         try:
             self._hand_back.hand_back(connection)
         except (HandoffError, OSError) as error:
-            self._client_gone(connection, getattr(error, "errno", 0) or errno.ECONNRESET)
+            self._client_gone(connection, error.errno or errno.ECONNRESET)
             return
         connection.timer = self._loop.call_later(RETURN_LIMIT, self._never_came_home, connection)
 
@@ -344,9 +351,9 @@ class Guests:
             self._end(connection)
 
     def _client_gone(self, connection: Connection, number: int) -> None:
-        self._server.remove(connection)
-        self._forget(connection)
-        self._hand_back.bury(connection)
+        """The connection is dead (reset, timed out), or beyond our help: then the kernel closes it as for a dead process."""
+        self._recall(connection)
+        self._close(connection)
         connection.guest.counters["failed"] += 1
         connection.reason = Reason.PEER_GONE
         self._tell_failed(connection, number)
@@ -364,14 +371,25 @@ class Guests:
         connection.guest.send(failure)
 
     def _end(self, connection: Connection) -> None:
-        """Close a connection that nobody can take back."""
+        """Nobody can take it back."""
+        connection.guest.counters["ended"] += 1
+        self._close(connection)
+
+    def _close(self, connection: Connection) -> None:
+        """As the kernel does for a process that dies; the redirect goes when the last packet has passed."""
         self._server.remove(connection)
         self._forget(connection)
         with contextlib.suppress(OSError, HandoffError):
             self._hand_back.end(connection)
         connection.close()
-        connection.guest.counters["ended"] += 1
-        self._loop.call_later(LINGER, self._hand_back.forget, connection)
+        self._linger(connection, self._loop.time() + LINGER)
+
+    def _linger(self, connection: Connection, until: float) -> None:
+        """Keep the redirect until the kernel has closed the connection with the client."""
+        if self._hand_back.is_closing(connection) and self._loop.time() < until:
+            self._loop.call_later(LINGER_INTERVAL, self._linger, connection, until)
+        else:
+            self._hand_back.forget(connection)
 
     def _remember(self, memory: OrderedDict[str, T], token: str, value: T) -> None:
         memory[token] = value

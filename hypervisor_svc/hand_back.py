@@ -24,9 +24,10 @@ import socket
 from collections.abc import Callable
 
 from guest_agent.handoff import kernel
+from guest_agent.handoff.diag import tcp_state
 from guest_agent.handoff.errors import HandoffError
 from guest_agent.handoff.extract import extract
-from guest_agent.handoff.freeze import freeze, thaw
+from guest_agent.handoff.freeze import freeze, is_frozen, thaw
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.segment import absorb
 from guest_agent.handoff.snapshot import Snapshot, encode
@@ -80,10 +81,11 @@ class HandBack:
     def recall(self, connection: Connection) -> None:
         """Packets come to our copy again: the guest's place-holder does not stand by any more. Raises HandoffError, OSError."""
         if connection.direct:
-            assert connection.endpoint is not None and connection.parting is not None
+            assert connection.endpoint is not None
             self._redirect.redirect(connection.flow, connection.endpoint)
             connection.direct = False
-            connection.parting[0]["direct"] = False
+            if connection.parting is not None:
+                connection.parting[0]["direct"] = False
 
     def _extract(self, connection: Connection) -> Snapshot:
         assert connection.sock is not None
@@ -132,20 +134,23 @@ class HandBack:
         return {"type": "home", "unsent": said["snapshot"]["queues"][2] > 0, **home}
 
     def end(self, connection: Connection) -> None:
-        """Nobody can take the connection: close it as the kernel does for a process that dies. The redirect stays until
-        the last packets of the close have passed (`forget`). One that went home directly is no longer ours to end: our copy
-        closes silently."""
-        if connection.sock is not None and connection.state in (Host.FROZEN, Host.RETURNING) and not connection.direct:
+        """Close the connection as the kernel does for a process that dies; if it is dead already, nothing is said. The redirect
+        stays until the last packets of the close have passed (`forget`). One that went home directly is no longer ours to end:
+        our copy closes silently."""
+        if connection.sock is not None and not connection.direct and is_frozen(connection.sock):
             with contextlib.suppress(OSError):
                 thaw(connection.sock)
         connection.close()
         connection.state = Host.GONE
 
-    def bury(self, connection: Connection) -> None:
-        """The connection is dead (reset, timed out): nothing more to say to the client."""
-        connection.close()
-        connection.state = Host.GONE
-        self.forget(connection)
+    def is_closing(self, connection: Connection) -> bool:
+        """Whether the kernel still has something to say to the client of a connection that was ended."""
+        if connection.endpoint is None:
+            return False
+        local, client = connection.endpoint, connection.flow.client
+        family = socket.AF_INET6 if ":" in local.address else socket.AF_INET
+        state = tcp_state(family, ((local.address, local.port), (client.address, client.port)))
+        return state not in (None, kernel.TIME_WAIT, kernel.CLOSE)
 
     def forget(self, connection: Connection) -> None:
         """Remove the redirect of a connection that is over."""

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way in, the steps in order: restore, redirect, thaw, commit. A failure at one step undoes those before it, in reverse,
-and the guest, which still holds its frozen original, goes on as if nothing had been."""
+"""The way in, the steps in order: open, restore, redirect; then the guest is told, and commit.
+
+A failure at one step undoes those before it, in reverse, and the guest, which still holds its frozen original, goes on as if
+nothing had been. The guest is told before our copy thaws: whatever happens to this process, an offer without an answer was
+never taken, and nobody has heard of our copy."""
 
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ class Handoff:
         self._redirect, self._keep, self._durations = redirect, keep, durations
 
     def take(self, connection: Connection) -> None:
-        """From a checked offer to the commit. Raises HandoffError; nothing is left behind then."""
+        """From a checked offer to a frozen socket to which the client's packets come. Raises HandoffError; nothing is left
+        behind then."""
         with contextlib.ExitStack() as undo:
             undo.callback(self._gone, connection)
             begin = time.perf_counter()
@@ -39,16 +43,12 @@ class Handoff:
             restored = time.perf_counter()
             undo.callback(self._unredirect, connection)
             self._redirect_here(connection)
-            redirected = time.perf_counter()
-            self._commit(connection)
             undo.pop_all()
         done = time.perf_counter()
         for step, seconds in (
             ("open", opened - begin),
             ("restore", restored - opened),
-            ("redirect", redirected - restored),
-            ("commit", done - redirected),
-            ("out", done - begin),
+            ("redirect", done - restored),
         ):
             self._durations.add(step, seconds)
 
@@ -85,15 +85,17 @@ class Handoff:
         except OSError as error:
             raise HostError(Reason.REDIRECT_FAILED, f"redirect: {error}", errno=error.errno or 0) from None
 
-    def _commit(self, connection: Connection) -> None:
-        """Thaw: from here the host owns the connection."""
+    def commit(self, connection: Connection) -> None:
+        """Thaw: from here the host owns the connection. Raises HandoffError; the connection must then be ended."""
         assert connection.sock is not None
-        try:
-            thaw(connection.sock)
-            send_unsent(connection.sock, connection.job.snapshot, more=True)
-            connection.move(Host.SERVING)
-        except OSError as error:
-            raise HostError(Reason.RESTORE_FAILED, f"thaw: {error}", errno=error.errno or 0) from None
+        with self._durations.of("commit"):
+            try:
+                connection.move(Host.SERVING)
+                thaw(connection.sock)
+                send_unsent(connection.sock, connection.job.snapshot, more=True)
+            except OSError as error:
+                raise HostError(Reason.RESTORE_FAILED, f"thaw: {error}", errno=error.errno or 0) from None
+        self._durations.add("out", time.monotonic() - connection.started)
 
     def _unredirect(self, connection: Connection) -> None:
         assert connection.endpoint is not None
@@ -101,10 +103,7 @@ class Handoff:
             self._redirect.unredirect(connection.flow, connection.endpoint)
 
     def _gone(self, connection: Connection) -> None:
-        """Undo open and restore; a socket that was thawed already is frozen again, so that it closes silently."""
-        if connection.sock is not None:
-            with contextlib.suppress(OSError):
-                connection.sock.setsockopt(socket.IPPROTO_TCP, kernel.TCP_REPAIR, kernel.REPAIR_ON)
+        """Undo open and restore: the frozen socket closes silently."""
         if connection.endpoint is not None and connection.state in (Host.OFFERED, Host.RESTORED):
             self._redirect.release(connection.flow, connection.endpoint)
         connection.close()

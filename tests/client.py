@@ -191,13 +191,15 @@ class Runner:
     def _connection(self, number: int) -> None:
         maker = Maker(self._files, self._server[0], random.Random(self._seed * 1000 + number))
         while self._more():
+            name = f"connection {number}"
             try:
                 with socket.create_connection(self._server, timeout=TIMEOUT) as sock:
+                    name = f"connection {number} (port {sock.getsockname()[1]})"
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     self._serve_out(sock, maker)
             except (OSError, ValueError, AssertionError) as error:
                 with self._lock:
-                    self.result.errors.append(f"connection {number}: {error!r}")
+                    self.result.errors.append(f"{name}: {error!r}")
 
     def _more(self) -> bool:
         with self._lock:
@@ -249,7 +251,7 @@ def report(result: Result, seconds: float) -> dict[str, Any]:
         "bytes": result.bytes,
         "kinds": dict(result.kinds),
         "errors": len(result.errors),
-        "first_errors": result.errors[:5],
+        "first_errors": result.errors[:20],
         "seconds": round(seconds, 3),
         "p50_us": round(latencies[len(latencies) // 2] * 1e6),
         "p99_us": round(latencies[int((len(latencies) - 1) * 0.99)] * 1e6),

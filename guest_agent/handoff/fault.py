@@ -53,7 +53,10 @@ def _act(point: str) -> None:
     if turn and _seen[point] != turn:
         return
     if _WANTED.startswith("@"):
-        Path(_WANTED[1:]).unlink(missing_ok=True)
+        try:
+            Path(_WANTED[1:]).unlink()
+        except FileNotFoundError:
+            return
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "stall":

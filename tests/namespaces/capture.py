@@ -3,7 +3,9 @@
 
 Every connection is judged by what came from the server's side: one address and port; the same bytes whenever a sequence
 number comes again; nothing beyond the end (FIN); acknowledgements and timestamps that never go back (RFC 9293 section 3.4,
-RFC 7323 section 5); and no RST, except where the test says that one is due, and then at the sequence number that is next."""
+RFC 7323 section 5); and no RST, except where the test says that one is due, and then at the sequence number that is next.
+Before such a RST the client may be asked to speak, once: by a keepalive whose acknowledgement may be an old one, because who
+knew better is dead (`guest_agent/reset.py`)."""
 
 from __future__ import annotations
 
@@ -112,11 +114,12 @@ class _Server:
     acknowledged: int | None = None
     clock: int | None = None
     client_closed: bool = False
+    probed: bool = False
 
 
 def judge(packets: Iterator[Packet], servers: set[tuple[str, int]], *, resets: int = 0) -> list[str]:
     """What no honest endpoint would have sent, in words. `servers` are the addresses and ports that clients speak to. A RST is
-    fine towards a client that has closed; beyond that at most `resets` connections may end with one."""
+    fine towards a client that has closed; beyond that at most `resets` connections may end with one, and may be probed before."""
     connections: dict[tuple[tuple[str, int], tuple[str, int]], _Server] = {}
     faults: list[str] = []
     reset: set[tuple[tuple[str, int], tuple[str, int]]] = set()
@@ -139,10 +142,20 @@ def judge(packets: Iterator[Packet], servers: set[tuple[str, int]], *, resets: i
             server = connections[key]
             if packet.flags & RST and not server.client_closed:
                 reset.add(key)
+            if resets and not server.probed and _is_probe(server, packet):
+                server.probed = True
+                continue
             faults += [f"{packet.source} to {packet.to}: {fault}" for fault in _check(server, packet)]
     if len(reset) > resets:
         faults.append(f"{len(reset)} connections were reset, {resets} were to be: {sorted(reset)}")
     return faults
+
+
+def _is_probe(server: _Server, packet: Packet) -> bool:
+    """A keepalive with an acknowledgement that is older than the last (RFC 9293 section 3.8.4)."""
+    below = (packet.sequence - server.start - len(server.stream)) & _HALF
+    old = server.acknowledged is not None and (packet.acknowledge - server.acknowledged) & _HALF
+    return bool(below and old and packet.flags == ACK and not packet.payload)
 
 
 def _check(server: _Server, packet: Packet) -> Iterator[str]:

@@ -69,7 +69,7 @@ class Trial:
     def judge(self) -> None:
         """What must hold after any fault."""
         errors = self.report["first_errors"]
-        assert self.report["errors"] <= self.broken, errors
+        assert self.report["errors"] <= self.broken, "\n".join(errors)
         assert all(any(word in error for word in CLOSED) for error in errors), errors
         servers = {(address, self.deployment.port) for address in self.network.guest_address.values()}
         assert capture.judge(capture.read(self.folder / "link.pcap"), servers, resets=self.broken) == []
@@ -193,7 +193,7 @@ def _pid(deployment: Deployment) -> int:
 
 @pytest.mark.parametrize(
     ("state", "broken"),
-    [("restored", 0), ("redirected", 0), ("serving", 0), ("frozen", 1), ("returning", 1)],
+    [("restored", 0), ("redirected", 0), ("serving", 1), ("frozen", 1), ("returning", 1)],
     ids=["restore", "redirect", "commit", "freeze", "return"],
 )
 def test_host_step_refused(state: str, broken: int, share: Path, tmp_path: Path) -> None:
