@@ -101,6 +101,8 @@ class Channel:
         self._schedule()
 
     def _schedule(self) -> None:
+        if self._stream is None:  # lost while something was sent: the timer is the next attempt's
+            return
         if self._timer:
             self._timer.cancel()
         self._timer = self._loop.call_later(PING_INTERVAL if self._up else HELLO_INTERVAL, self._tick)

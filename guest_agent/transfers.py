@@ -8,7 +8,7 @@ import errno
 import logging
 import struct
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +29,8 @@ DOUBT_LIMIT = 12.0
 """Seconds that a transfer waits for a lost host: longer than the host keeps what nobody claims (`orphan_timeout`)."""
 OFFER_LIMIT = 5.0
 """Seconds until an unanswered offer is asked for again."""
+_REMEMBERED = 8192
+"""How many transfers that came home are remembered, for a host that did not hear of it."""
 
 
 class Transfers:
@@ -38,6 +40,7 @@ class Transfers:
         self._keep, self._send, self._is_up = keep, send, is_up
         self._by_token: dict[str, Transfer] = {}
         self._by_cookie: dict[int, Transfer] = {}
+        self._came_home: OrderedDict[str, None] = OrderedDict()
         self._host_instance = ""
         self._doubt: asyncio.TimerHandle | None = None
         self.counters: Counter[str] = Counter()
@@ -105,7 +108,11 @@ class Transfers:
 
     def message(self, header: Header, body: bytes) -> None:
         """Dispatch one message. Unknown types and tokens are ignored and counted: a newer host may say more."""
-        transfer = self._by_token.get(header.get("token", ""))
+        token = header.get("token", "")
+        transfer = self._by_token.get(token)
+        if header["type"] == "hand_back" and token in self._came_home:
+            self._send({"type": "restored", "token": token}, b"")
+            return
         handler: Callable[[Transfer, Header, bytes], None] | None = getattr(self, f"_on_{header['type']}", None)
         if transfer is None or handler is None:
             self.counters["ignored_messages"] += 1
@@ -194,6 +201,9 @@ class Transfers:
             return
         self.collect_held()
         self._forget(transfer)
+        self._came_home[transfer.token] = None
+        if len(self._came_home) > _REMEMBERED:
+            self._came_home.popitem(last=False)
         self._send_held(transfer)
         self.counters["handed_back"] += 1
         self._finish(transfer, transfer.outcome)

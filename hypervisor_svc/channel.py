@@ -87,6 +87,8 @@ class Channel:
         return True
 
     def _schedule(self) -> None:
+        if self._stream is None:  # lost while something was sent: the timer is the next attempt's
+            return
         if self._timer:
             self._timer.cancel()
         interval = PING_INTERVAL if self.state == "hello" else HELLO_INTERVAL

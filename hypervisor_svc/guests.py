@@ -141,8 +141,11 @@ class Guests:
         if isinstance(event, Message):
             self._message(guest, event)
         elif isinstance(event, Established):
+            same = guest.hello.get("instance") == event.hello.get("instance")
             guest.hello = event.hello
             log.info("%s: agent %s answers", guest.machine.name, event.hello.get("agent_version", "?"))
+            if same:
+                self._say_again(guest)
         elif isinstance(event, Violation):
             self._count_refusal(guest, event.reason, event.message)
 
@@ -173,6 +176,12 @@ class Guests:
         for connection in list(guest.connections.values()):
             if connection.finished or connection.state is Host.RETURNING:
                 self._end(connection)
+
+    def _say_again(self, guest: Guest) -> None:
+        """The channel was cut: whether the guest heard that these come home, or we that they did, nobody knows."""
+        for connection in guest.connections.values():
+            if connection.state is Host.RETURNING and connection.parting is not None:
+                guest.send(*connection.parting)
 
     # Messages of a guest.
 
@@ -243,6 +252,8 @@ class Guests:
             self._tell_failed(connection, errno.ECONNRESET)
 
     def _on_restored(self, guest: Guest, header: Header, body: bytes) -> None:
+        if header.get("token") in self._over:
+            return  # said twice, after the channel was cut
         connection = self._returning(guest, header)
         if not connection.direct:
             self._hand_back.unredirect(connection)

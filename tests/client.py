@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-TIMEOUT = 60.0
+TIMEOUT = 20
 CHECK_PIECE = 1 << 18
 
 

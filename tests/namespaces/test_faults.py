@@ -79,6 +79,7 @@ class Trial:
 def trial(folder: Path, share: Path, *, broken: int = 0, home: float = 15, **options: Any) -> Iterator[Trial]:
     """The fault goes into the block. Afterwards everything is judged; `home`: seconds until nothing may be out any more."""
     with routed() as network, deployed(network, folder, share, **options) as deployment:
+        network.keep_order()
         _assert_works(deployment)  # the server keeps its connection to the agent
         before = _left(deployment)
         with capture.captured(network.client, folder / "link.pcap"):

@@ -85,6 +85,12 @@ class Network:
         """Undo `shape`."""
         self.host.run("tc", "qdisc", "del", "dev", "hc", "root")
 
+    def keep_order(self) -> None:
+        """One CPU receives every packet (Documentation/networking/scaling.rst, RPS), so that none overtakes another: a veth
+        gives a packet to whichever CPU its sender happens to run on."""
+        for where in (self.guest, self.host, self.client):
+            where.run("sh", "-c", "for queue in /sys/class/net/*/queues/rx-*; do echo 1 > $queue/rps_cpus; done")
+
 
 @contextlib.contextmanager
 def namespace(kind: str) -> Iterator[Namespace]:
