@@ -21,7 +21,7 @@ from tests.client import make_content
 from tests.namespaces import capture
 from tests.namespaces.deployment import Deployment, deployed, wait_for
 from tests.namespaces.relay import Relay
-from tests.namespaces.topology import Network, routed
+from tests.namespaces.topology import Network, routed, run
 
 pytestmark = pytest.mark.root
 
@@ -350,3 +350,32 @@ def test_file_changes(change: Callable[[Path], None], complete: bool, own_share:
     with trial(tmp_path, own_share) as found, found.load(), slow_client(found, file.name) as client:
         change(file)
         assert client.go_on("read") == (truth if complete else "closed")
+
+
+@contextlib.contextmanager
+def damaged_disk(folder: Path) -> Iterator[Path]:
+    """A share on a disk on which one block of the large file is damaged: the file system's checksum tells, and reading it is
+    EIO (btrfs(5))."""
+    content, image, mounted = folder / "content", folder / "disk", folder / "mounted"
+    make_content(str(content), SIZES)
+    make_content(str(content / "damaged"), (LARGE,))
+    run("truncate", "-s", "256M", str(image))
+    run("mkfs.btrfs", "-q", "-d", "single", "-m", "single", "-r", str(content), str(image))
+    block = (content / "damaged" / f"{LARGE}.bin").read_bytes()[LARGE // 2 : LARGE // 2 + 4096]
+    with image.open("r+b") as disk:
+        disk.seek(disk.read().index(block))
+        disk.write(bytes(4096))
+    mounted.mkdir()
+    run("mount", "-o", "loop,ro", str(image), str(mounted))
+    try:
+        yield mounted
+    finally:
+        run("umount", str(mounted))
+
+
+def test_disk_error(tmp_path: Path) -> None:
+    """The client gets what could be read, and then the end, as from the server without us."""
+    with damaged_disk(tmp_path) as share:
+        with trial(tmp_path, share) as found, found.load(), slow_client(found, f"damaged/{LARGE}.bin") as client:
+            assert client.go_on("read") == "closed"
+            wait_for(lambda: found.deployment.counters()["failed"] == 1, "the server is told")
