@@ -252,7 +252,7 @@ class Guests:
             self._tell_failed(connection, errno.ECONNRESET)
 
     def _on_restored(self, guest: Guest, header: Header, body: bytes) -> None:
-        if header.get("token") in self._over:
+        if read_token(header) in self._over:
             return  # said twice, after the channel was cut
         connection = self._returning(guest, header)
         if not connection.direct:

@@ -220,6 +220,20 @@ def _check_consistent(snapshot: Snapshot) -> None:
         raise ValueError("window scaling is for both directions or for none")
     if snapshot.is_ipv6 and snapshot.v4_mapped:
         raise ValueError("an IPv6 address cannot be v4-mapped")
+    _check_window(snapshot.window, snapshot.receive_next)
+
+
+def _check_window(window: Window, receive_next: int) -> None:
+    """What the kernel insists on (tcp_repair_set_window)."""
+    if window.max_window < window.snd_wnd:
+        raise ValueError("window: snd_wnd is more than max_window")
+    if _is_after(window.snd_wl1, receive_next + window.rcv_wnd) or _is_after(window.rcv_wup, receive_next):
+        raise ValueError("window: snd_wl1 or rcv_wup lies beyond what was received")
+
+
+def _is_after(one: int, other: int) -> bool:
+    """In sequence space (RFC 9293 section 3.4)."""
+    return 0 < (one - other) & _U32 < 1 << 31
 
 
 def _queues(lengths: object, body: bytes) -> tuple[bytes, bytes, bytes]:
