@@ -312,6 +312,31 @@ def test_client_resets(own_share: Path, tmp_path: Path) -> None:
             wait_for(lambda: found.deployment.counters()["failed"] == 1, "the server is told")
 
 
+HASTY = """
+import socket, struct, sys, time
+sock = socket.create_connection((sys.argv[1], 80), 10)
+sock.sendall(b"GET /70000.bin HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+time.sleep(0.15)
+sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+sock.close()
+"""
+
+
+@pytest.mark.parametrize("point", [*(f"guest:{state}" for state in GUEST_STATES), *(f"host:{state}" for state in HOST_STATES)])
+def test_client_resets_at_every_step(point: str, share: Path, tmp_path: Path) -> None:
+    """The step takes 0.3 s, and the reset comes in the middle of it."""
+    with trial(tmp_path, share) as found:
+        for process in (found.deployment.agent, found.deployment.service):
+            process.stop()
+        for process in (found.deployment.agent, found.deployment.service):
+            process.start(STREAMLIFT_FAULT=f"{point}=stall@1")
+        found.deployment.wait_ready()
+        client = found.network.client.popen([sys.executable, "-c", HASTY, "10.77.1.2"])
+        assert client.wait(20) == 0
+        with found.load():
+            pass
+
+
 def test_client_vanishes(own_share: Path, tmp_path: Path) -> None:
     """The kernel gives up after tcp_retries2, and so do we, with its error."""
     with trial(tmp_path, own_share) as found:

@@ -156,3 +156,29 @@ def test_mutated_frames_never_crash(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 5))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
     list(line.host.receive(bytes(frame)))
+
+
+@given(st.lists(st.sampled_from(["frame", "hello", "mutated", "cut", "noise"]), max_size=12), st.data())
+def test_mutated_stream_never_crashes(pieces: list[str], data: st.DataObject) -> None:
+    """Good and bad pieces in any order, in chunks of any size; in the end an honest guest is still understood."""
+    line = Line()
+    line.run()
+    for piece in pieces:
+        tag = HELLO_TAG if piece == "hello" else line.host.nonce
+        frame = bytearray(encode_frame(tag, {"type": piece, "v": 1, "nonce": "11" * 8, "answer": "22" * 8}, b""))
+        if piece == "mutated":
+            frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+        elif piece == "cut":
+            del frame[data.draw(st.integers(0, len(frame))) :]
+        elif piece == "noise":
+            frame = bytearray(data.draw(st.binary(max_size=200)))
+        size = data.draw(st.integers(1, len(frame) + 1))
+        for at in range(0, len(frame), size):
+            list(line.host.receive(bytes(frame[at : at + size])))
+    for _ in range(60):
+        line.guest.say_hello()
+        line.run()
+        if line.host.established and line.guest.established:
+            break
+    line.guest.send({"type": "hand_out"}, b"honest")
+    assert Message({"type": "hand_out"}, b"honest") in line.run()[0]
