@@ -59,6 +59,7 @@ class Transfer:
     outcome: Outcome = field(default_factory=lambda: Outcome("offloaded"))
     sent_before: int = 0
     application_gone: bool = False
+    closed: bool = False
     timer: asyncio.TimerHandle | None = None
     begun: float = field(default_factory=time.monotonic)
 

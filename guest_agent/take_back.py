@@ -6,10 +6,18 @@
 
 A transfer that went as expected comes home directly: our place-holder stands there already, packets come to it (and are
 held), and it thaws at once. Any other is rebuilt while packets still go to the host, and thaws when the host has released
-it. If we cannot restore, we say so, and the host ends the connection: it is the only one that still can."""
+it. If we cannot restore, we say so, and the host ends the connection: it is the only one that still can.
+
+A client that closed meanwhile has its FIN acknowledged by the host, perhaps, but this backend cannot restore a socket that has
+received one. So it is restored as it was before, and the FIN comes once more; nothing may be sent until it has, because it
+would acknowledge less than the host did (`await_fin`)."""
 
 from __future__ import annotations
 
+import asyncio
+import select
+import socket
+from collections.abc import Callable
 from dataclasses import replace
 
 from guest_agent.hand_out import Transfer
@@ -20,6 +28,9 @@ from guest_agent.handoff.segment import absorb
 from guest_agent.handoff.snapshot import decode
 from guest_agent.handoff.state import Guest
 from guest_agent.handoff.wire import Header
+
+FIN_LIMIT = 1.0
+"""Seconds until a FIN that the host promised is given up. It comes within one round trip over the channel."""
 
 
 def restore(transfer: Transfer, header: Header, body: bytes) -> None:
@@ -40,6 +51,7 @@ def restore(transfer: Transfer, header: Header, body: bytes) -> None:
     else:
         restore_in_place(transfer.sock, snapshot)
     transfer.snapshot = snapshot
+    transfer.closed = header.get("closed") is True
 
 
 def thaw(transfer: Transfer) -> None:
@@ -48,3 +60,18 @@ def thaw(transfer: Transfer) -> None:
     freeze.thaw(transfer.sock)
     send_unsent(transfer.sock, transfer.snapshot)
     transfer.move(Guest.HOME)
+
+
+def await_fin(loop: asyncio.AbstractEventLoop, sock: socket.socket, then: Callable[[], None]) -> None:
+    """Call `then` once the socket has received the client's FIN, or is dead, or FIN_LIMIT has passed."""
+    watch = select.epoll(1)
+
+    def done() -> None:
+        timer.cancel()
+        loop.remove_reader(watch)
+        watch.close()
+        then()
+
+    watch.register(sock, select.EPOLLRDHUP)
+    loop.add_reader(watch, done)
+    timer = loop.call_later(FIN_LIMIT, done)

@@ -206,7 +206,10 @@ class Transfers:
             self._came_home.popitem(last=False)
         self._send_held(transfer)
         self.counters["handed_back"] += 1
-        self._finish(transfer, transfer.outcome)
+        if transfer.closed:
+            take_back.await_fin(self._loop, transfer.sock, lambda: self._finish(transfer, transfer.outcome))
+        else:
+            self._finish(transfer, transfer.outcome)
 
     def _undo(self, transfer: Transfer, reason: Reason, message: str) -> None:
         self.collect_held()

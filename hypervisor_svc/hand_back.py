@@ -29,7 +29,7 @@ from guest_agent.handoff.errors import HandoffError
 from guest_agent.handoff.extract import extract
 from guest_agent.handoff.freeze import freeze, is_frozen, thaw
 from guest_agent.handoff.hold import Hold
-from guest_agent.handoff.segment import absorb
+from guest_agent.handoff.segment import absorb, is_stale
 from guest_agent.handoff.snapshot import Snapshot, encode
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Header
@@ -65,7 +65,8 @@ class HandBack:
                 snapshot = self._extract(connection)
             connection.direct = _as_expected(connection, snapshot) and self._unredirected(connection)
             self._collect()
-            snapshot, connection.held = absorb(snapshot, connection.held)
+            snapshot, held = absorb(snapshot, connection.held)
+            connection.held = [segment for segment in held if not is_stale(segment, snapshot.send_sequence)]
             header, body = encode(snapshot)
             connection.parting = (self._message(connection, header), body)
             connection.move(Host.RETURNING)
@@ -109,6 +110,7 @@ class HandBack:
             "message": connection.message,
             "errno": connection.errno,
             "direct": connection.direct,
+            "closed": bool(connection.fin),
             "snapshot": snapshot,
         }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.client import make_content
+from tests.namespaces import capture
 from tests.namespaces.deployment import ROOT, Deployment, deployed, wait_for
 from tests.namespaces.topology import Network, bridged, routed
 
@@ -161,3 +162,34 @@ def test_hand_back_by_the_operator(share: Path, tmp_path: Path) -> None:
             assert curl.stdout.read() == (share / "64000000.bin").read_bytes()
         counters = json.loads(json.dumps(deployment.counters()))
         assert counters["local"].get("handed_back_by_operator") == 1, counters
+
+
+HALF_CLOSING = """
+import socket, sys
+size, connections = 1_400_000, int(sys.argv[1])
+for _ in range(connections):
+    with socket.create_connection(("10.77.1.2", 80), timeout=20) as sock:
+        sock.sendall(f"GET /{size}.bin HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n".encode() * 2)
+        data = sock.recv(1 << 16)
+        sock.shutdown(socket.SHUT_WR)
+        while piece := sock.recv(1 << 18):
+            data += piece
+    heads = data.count(b"HTTP/1.1 200 OK\\r\\n")
+    print(heads, sum(len(one.split(b"\\r\\n\\r\\n", 1)[1]) for one in data.split(b"HTTP/1.1 200 OK\\r\\n")[1:]))
+"""
+
+
+def test_client_that_closes_its_side(share: Path, tmp_path: Path) -> None:
+    """It asks twice and says that it will say no more. The host acknowledges that; whoever answers the second request must
+    know it, or the client sees an acknowledgement go back."""
+    count = 40
+    with routed() as network, deployed(network, tmp_path, share) as deployment:
+        network.keep_order()
+        network.shape("1gbit")  # so that the FIN comes in the middle of the first answer
+        file = tmp_path / "link.pcap"
+        with capture.captured(network.client, file):
+            answers = network.client.run(sys.executable, "-c", HALF_CLOSING, str(count))
+        assert answers.splitlines() == ["2 2800000"] * count
+        counters = deployment.counters()
+        assert counters["offloaded"] >= count * 0.9 and counters["local"].get("half_closed", 0) >= count * 0.9, counters
+        assert capture.judge(capture.read(file), {("10.77.1.2", 80)}) == []
