@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 
 from guest_agent.handoff import kernel
 from guest_agent.handoff.diag import tcp_state
@@ -36,6 +37,9 @@ from guest_agent.handoff.wire import Header
 from hypervisor_svc.connection import Connection, Durations
 from hypervisor_svc.inject import Injector, fin_segment
 from hypervisor_svc.redirect import Redirect
+
+_ACK_DELAY = 200
+"""Milliseconds that an ACK may be delayed (TCP_DELACK_MAX)."""
 
 
 class HandBack:
@@ -99,7 +103,7 @@ class HandBack:
                 acknowledge=snapshot.send_sequence,
                 window=min(65535, snapshot.window.snd_wnd >> (snapshot.send_scale or 0)),
             )
-        return snapshot
+        return _after_delayed_ack(snapshot) if connection.fin or snapshot.window.rcv_wup != snapshot.receive_next else snapshot
 
     def _message(self, connection: Connection, snapshot: Header) -> Header:
         return {
@@ -159,6 +163,13 @@ class HandBack:
         if connection.endpoint is not None:
             with contextlib.suppress(OSError, HandoffError):
                 self._redirect.forget(connection.flow, connection.endpoint)
+
+
+def _after_delayed_ack(snapshot: Snapshot) -> Snapshot:
+    """Freezing does not stop the timer of an ACK that is due: our copy may still send it, with a later time stamp than it has
+    now, and the clock that the client sees must not go back (RFC 7323 section 5)."""
+    delay = _ACK_DELAY * (1000 if snapshot.timestamp_usec else 1)
+    return replace(snapshot, timestamp=(snapshot.timestamp + delay) & 0xFFFFFFFF) if snapshot.timestamps else snapshot
 
 
 def _as_expected(connection: Connection, snapshot: Snapshot) -> bool:
