@@ -4,7 +4,7 @@
     python -m tests.client --server ADDRESS:PORT --root FOLDER --requests 2000 --connections 50 [--seed N]
 
 Prints one JSON object: requests, bytes, errors (with the first few in words), the longest gap between two reads and the
-latencies' p50 and p99 in microseconds. FOLDER is what the server serves: the client reads the truth from it."""
+latencies' p50 and p99 in microseconds. FOLDER is what the server serves: the client reads the truth from it, and asks for what ends with `.bin`."""
 
 from __future__ import annotations
 
@@ -108,6 +108,7 @@ class Files:
             os.path.relpath(os.path.join(folder, name), root): os.path.getsize(os.path.join(folder, name))
             for folder, _, names in os.walk(root)
             for name in names
+            if name.endswith(".bin")
         }
         self._whole: dict[str, str] = {}
 
