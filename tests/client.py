@@ -4,7 +4,8 @@
     python -m tests.client --server ADDRESS:PORT --root FOLDER --requests 2000 --connections 50 [--seed N]
 
 Prints one JSON object: requests, bytes, errors (with the first few in words), the longest gap between two reads and the
-latencies' p50 and p99 in microseconds. FOLDER is what the server serves: the client reads the truth from it, and asks for what ends with `.bin`."""
+latencies' p50 and p99 in microseconds. FOLDER is what the server serves: the client reads the truth from it,
+and asks for what ends with `.bin`."""
 
 from __future__ import annotations
 

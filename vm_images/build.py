@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vm_images import kernel as kernels
+from vm_images import module as modules
 from vm_images import packages, root
 from vm_images.command import BuildError
 from vm_images.initramfs import write_initramfs
@@ -53,6 +54,38 @@ def build(kernel: str = DEFAULT_KERNEL, *, progress: Progress = lambda line: Non
         base = _base(cache, progress=progress)
         unpacked = _kernel(cache, series=kernel, progress=progress)
         return _image(cache, base=base, kernel=unpacked, progress=progress)
+
+
+def kernel(series: str = DEFAULT_KERNEL, *, progress: Progress = lambda line: None) -> kernels.Kernel:
+    """The unpacked kernel of this series."""
+    cache = cache_directory()
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache / "lock"):
+        return _kernel(cache, series=series, progress=progress)
+
+
+def module(name: str, series: str = DEFAULT_KERNEL, *, progress: Progress = lambda line: None) -> Path:
+    """NAME.ko of `host_module/NAME`, built for the kernel of this series."""
+    found = kernel(series, progress=progress)
+    source = RECIPE.parent / "host_module" / name
+    cache = cache_directory()
+    with _locked(cache / "lock"):
+        headers = cache / f"headers-{found.release}-{_key(_text(RECIPE / 'module.py'))}"
+        with _layer(headers) as (directory, missing):
+            if missing:
+                progress(f"fetching the headers of Linux {found.release}")
+                modules.unpack_headers(found.release, directory=directory)
+        built = cache / f"module-{name}-{_key(headers.name, *map(_text, modules.sources(source)))}"
+        with _layer(built) as (directory, missing):
+            if missing:
+                progress(f"building {name}.ko for Linux {found.release}")
+                modules.build_module(source, headers=headers, release=found.release, directory=directory)
+    return built / f"{name}.ko"
+
+
+def busybox(found: kernels.Kernel) -> Path:
+    """The statically linked busybox that lies beside an unpacked kernel."""
+    return found.image.parent / "busybox" / "unpacked" / "bin" / "busybox"
 
 
 def _base(cache: Path, *, progress: Progress) -> Path:
@@ -106,8 +139,7 @@ def _fill(directory: Path, *, base: Path, kernel: kernels.Kernel) -> None:
     root.make_image(tree, image=directory / "root.ext4")
     shutil.rmtree(tree)
     shutil.copyfile(kernel.image, directory / "vmlinuz")
-    busybox = kernel.image.parent / "busybox" / "unpacked" / "bin" / "busybox"
-    write_initramfs(directory / "initrd.img", busybox=busybox, modules=kernels.early_modules(kernel))
+    write_initramfs(directory / "initrd.img", busybox=busybox(kernel), modules=kernels.early_modules(kernel))
     (directory / "image.json").write_text(json.dumps({"version": kernel.release}), encoding="utf-8")
 
 

@@ -40,15 +40,15 @@ class Entry:
     device: tuple[int, int] = (0, 0)
 
 
-def write_initramfs(path: Path, *, busybox: Path, modules: Sequence[Path]) -> None:
-    """Write the archive; `modules` are loaded in the order given."""
+def write_initramfs(path: Path, *, busybox: Path, modules: Sequence[Path], init: str = INIT) -> None:
+    """Write the archive; `modules` are loaded in the order given, by `init`."""
     order = "".join(f"{module.name}\n" for module in modules)
     entries = [
         *(Entry(name, stat.S_IFDIR | 0o755) for name in ("bin", "dev", "modules", "proc", "root", "sys")),
         # Without it the first process has no standard output before devtmpfs is mounted.
         Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
         Entry("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes()),
-        Entry("init", stat.S_IFREG | 0o755, INIT.encode()),
+        Entry("init", stat.S_IFREG | 0o755, init.encode()),
         Entry("modules/order", stat.S_IFREG | 0o644, order.encode()),
         *(Entry(f"modules/{module.name}", stat.S_IFREG | 0o644, module.read_bytes()) for module in modules),
     ]

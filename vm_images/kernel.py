@@ -28,7 +28,7 @@ EARLY_MODULES = (
 
 # Kept in the image, so that a guest can load them later.
 KEPT_FOLDERS = ("net", "lib", "crypto", "arch", "drivers/virtio", "drivers/vhost", "drivers/net")
-KEPT_MODULES = ("virtio_net", "tun", "veth", "dummy", "net_failover", "ifb", "tap", "autofs4")
+KEPT_MODULES = ("virtio_net", "tun", "veth", "dummy", "net_failover", "ifb", "tap", "autofs4", "overlay")
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ def open_kernel(directory: Path) -> Kernel:
     return Kernel(release=release, image=directory / "vmlinuz", modules=directory / "tree")
 
 
-def early_modules(kernel: Kernel) -> list[Path]:
-    """The modules for the initramfs, dependencies first."""
+def early_modules(kernel: Kernel, *, also: tuple[str, ...] = ()) -> list[Path]:
+    """The modules for the initramfs, dependencies first; `also` are loaded after the others."""
     root = kernel.modules / "lib" / "modules" / kernel.release
     dependencies = _read_dependencies(root)
     by_name = {_module_name(path): path for path in dependencies}
     ordered: list[str] = []
-    for name in EARLY_MODULES:
+    for name in (*EARLY_MODULES, *also):
         path = by_name.get(name)
         # A module that this series has built in (or does not have) is not there to load.
         for entry in [*reversed(dependencies[path]), path] if path else []:
