@@ -14,9 +14,9 @@ import socket
 import struct
 
 from guest_agent.handoff import hold, kernel
-from guest_agent.handoff.errors import HostError, Reason
+from guest_agent.handoff.errors import HostError, NotMovable, Reason
 from guest_agent.handoff.hold import Hold
-from guest_agent.handoff.snapshot import Endpoint, Options, Snapshot
+from guest_agent.handoff.snapshot import ESTABLISHED, Endpoint, Options, Snapshot
 
 _TCP, _SOL = socket.IPPROTO_TCP, socket.SOL_SOCKET
 _setsockopt = socket.socket.setsockopt
@@ -34,6 +34,7 @@ def restore_fresh(
     """Return a new frozen socket that continues `snapshot`, bound to `bind` (default: the snapshot's own local end).
 
     `mark` replaces the snapshot's SO_MARK, which means something only on the machine it came from. Raises OSError."""
+    _check_state(snapshot)
     family = socket.AF_INET6 if snapshot.is_ipv6 else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM, _TCP)
     try:
@@ -56,12 +57,18 @@ def restore_in_place(sock: socket.socket, snapshot: Snapshot) -> None:
     """Rebuild `snapshot` inside a frozen socket, whose options are still its own (tcp_disconnect keeps them). For some 40 us
     the kernel does not know the connection: a packet that comes then is answered with a RST. Raises OSError; the socket is
     then closed (TCP_CLOSE) but its descriptor valid, and may be tried again."""
+    _check_state(snapshot)
     kernel.disconnect(sock.fileno())
     sock.getsockopt(_SOL, socket.SO_ERROR)  # ECONNABORTED of our own disconnect
     _setsockopt(sock, _SOL, socket.SO_MARK, snapshot.options.mark)  # the route is looked up with it
     _continue(sock, snapshot, snapshot.local)
     if snapshot.options.keepalive:
         _setsockopt(sock, _SOL, socket.SO_KEEPALIVE, 1)
+
+
+def _check_state(snapshot: Snapshot) -> None:
+    if snapshot.state != ESTABLISHED:
+        raise NotMovable(Reason.HALF_CLOSED, "one side has closed already; TCP_REPAIR restores only open connections")
 
 
 def arrives_at(snapshot: Snapshot, expected: Snapshot) -> bool:

@@ -7,7 +7,11 @@ The two sequence spaces of a snapshot (RFC 9293 section 3.3.1)::
               |<--- unacked --->|<--- unsent --->|                                  |<--- receive --->|
               SND.UNA           SND.NXT          write_seq                          copied_seq        RCV.NXT
 
-`send_sequence` and `receive_sequence` name the first byte of each queue, so a queue may grow without touching them.
+`send_sequence` and `receive_sequence` name the first byte of each queue, so a queue may grow without touching them. A FIN
+counts as one in both spaces (RFC 9293 section 3.4) and is in no queue: `state` tells whether there is one.
+
+What only the `socket_offload` module can move (`state` other than ESTABLISHED, `segments`, `warm`) is left at its default by
+the other backend, which refuses the first and goes without the rest.
 """
 
 from __future__ import annotations
@@ -17,13 +21,25 @@ import ipaddress
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+from guest_agent.handoff import warm as warm_state
 from guest_agent.handoff.errors import GuestError, Reason
+from guest_agent.handoff.warm import Warm
 
-VERSION = 1
+VERSION = 2
 MAX_QUEUE = 16 << 20
 """Upper bound for the three queues of a snapshot together, bytes."""
 
+MAX_SEGMENTS = 4096
+"""Most segments in the out-of-order queue of a snapshot."""
+
 _U8, _U16, _U32 = 0xFF, 0xFFFF, 0xFFFFFFFF
+
+ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING = 1, 4, 5, 8, 9, 11
+"""States that a snapshot may have (include/net/tcp_states.h)."""
+STATES = frozenset({ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING})
+FIN_SENT = frozenset({FIN_WAIT1, CLOSING, LAST_ACK})
+"""Our FIN is in the send space, unacknowledged."""
+FIN_RECEIVED = frozenset({CLOSE_WAIT, CLOSING, LAST_ACK})
 
 
 class Endpoint(NamedTuple):
@@ -68,11 +84,19 @@ class Options:
     congestion: str = ""
 
 
+class Segment(NamedTuple):
+    """Bytes that were received before their turn."""
+
+    sequence: int
+    data: bytes
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A frozen connection. Sequence numbers and timestamps modulo 2**32; `mss` in bytes; window scales as shifts
     (`None`: the option was not negotiated, RFC 7323); `timestamp` is the next TSval, in microseconds if `timestamp_usec`
-    (kernel 6.7 and later), else in milliseconds."""
+    (kernel 6.7 and later), else in milliseconds. `fin_unsent`: our FIN waits behind the unsent data; `fin_read`: the
+    application has seen the peer's, and `receive_sequence` is behind it."""
 
     local: Endpoint
     peer: Endpoint
@@ -91,6 +115,11 @@ class Snapshot:
     receive_queue: bytes = b""
     unacked: bytes = b""
     unsent: bytes = b""
+    state: int = ESTABLISHED
+    fin_unsent: bool = False
+    fin_read: bool = False
+    segments: tuple[Segment, ...] = ()
+    warm: Warm | None = None
     version: int = VERSION
 
     @property
@@ -101,12 +130,14 @@ class Snapshot:
     @property
     def receive_next(self) -> int:
         """RCV.NXT."""
-        return (self.receive_sequence + len(self.receive_queue)) & _U32
+        fin = self.state in FIN_RECEIVED and not self.fin_read
+        return (self.receive_sequence + len(self.receive_queue) + fin) & _U32
 
     @property
     def send_next(self) -> int:
         """SND.NXT."""
-        return (self.send_sequence + len(self.unacked)) & _U32
+        fin = self.state in FIN_SENT and not self.fin_unsent
+        return (self.send_sequence + len(self.unacked) + fin) & _U32
 
 
 def after(snapshot: Snapshot, count: int) -> Snapshot:
@@ -120,7 +151,22 @@ def after(snapshot: Snapshot, count: int) -> Snapshot:
         receive_queue=b"",
         unacked=b"",
         unsent=b"",
+        segments=(),
+        warm=None,
     )
+
+
+def before_fin(snapshot: Snapshot) -> Snapshot:
+    """The connection as it was before the peer's FIN came, for a backend that cannot restore one that has received it; whoever
+    restores it must see to it that the FIN comes again."""
+    if snapshot.state != CLOSE_WAIT:
+        return snapshot
+    start = (snapshot.receive_sequence - snapshot.fin_read) & _U32
+    following = (snapshot.receive_next - 1) & _U32
+    window = snapshot.window
+    if _is_after(window.rcv_wup, following):
+        window = replace(window, rcv_wup=following)
+    return replace(snapshot, state=ESTABLISHED, fin_read=False, receive_sequence=start, window=window)
 
 
 _QUEUES = ("receive_queue", "unacked", "unsent")
@@ -169,8 +215,14 @@ def encode(snapshot: Snapshot) -> tuple[dict[str, Any], bytes]:
         "window": [getattr(snapshot.window, name) for name in _WINDOW_NAMES],
         "options": [getattr(snapshot.options, name) for name in _OPTION_NAMES],
         "queues": [len(snapshot.receive_queue), len(snapshot.unacked), len(snapshot.unsent)],
+        "state": snapshot.state,
+        "fin_unsent": snapshot.fin_unsent,
+        "fin_read": snapshot.fin_read,
+        "segments": [[segment.sequence, len(segment.data)] for segment in snapshot.segments],
+        "warm": warm_state.encode(snapshot.warm),
     }
-    return header, snapshot.receive_queue + snapshot.unacked + snapshot.unsent
+    early = b"".join(segment.data for segment in snapshot.segments)
+    return header, snapshot.receive_queue + snapshot.unacked + snapshot.unsent + early
 
 
 def decode(header: object, body: bytes) -> Snapshot:
@@ -189,7 +241,7 @@ def _decode(header: object, body: bytes) -> Snapshot:
         raise GuestError(Reason.BAD_VERSION, f"snapshot version {header.get('version')!r}, this side speaks {VERSION}")
     if header.keys() != _SNAPSHOT_NAMES:
         raise ValueError(f"fields {sorted(header.keys() ^ _SNAPSHOT_NAMES)} are missing or unknown")
-    receive, unacked, unsent = _queues(header["queues"], body)
+    receive, unacked, unsent, segments = _queues(header["queues"], header["segments"], body)
     snapshot = Snapshot(
         local=_endpoint(header["local"]),
         peer=_endpoint(header["peer"]),
@@ -208,6 +260,11 @@ def _decode(header: object, body: bytes) -> Snapshot:
         receive_queue=receive,
         unacked=unacked,
         unsent=unsent,
+        state=_state(header["state"]),
+        fin_unsent=_flag("fin_unsent", header["fin_unsent"]),
+        fin_read=_flag("fin_read", header["fin_read"]),
+        segments=segments,
+        warm=warm_state.decode(header["warm"]),
     )
     _check_consistent(snapshot)
     return snapshot
@@ -220,6 +277,8 @@ def _check_consistent(snapshot: Snapshot) -> None:
         raise ValueError("window scaling is for both directions or for none")
     if snapshot.is_ipv6 and snapshot.v4_mapped:
         raise ValueError("an IPv6 address cannot be v4-mapped")
+    _check_fins(snapshot)
+    _check_segments(snapshot)
     _check_window(snapshot.window, snapshot.receive_next)
 
 
@@ -231,20 +290,67 @@ def _check_window(window: Window, receive_next: int) -> None:
         raise ValueError("window: snd_wl1 or rcv_wup lies beyond what was received")
 
 
+def _check_fins(snapshot: Snapshot) -> None:
+    if snapshot.fin_unsent and snapshot.state not in FIN_SENT:
+        raise ValueError("fin_unsent: there is no FIN to send")
+    if snapshot.fin_read and (snapshot.state not in FIN_RECEIVED or snapshot.receive_queue):
+        raise ValueError("fin_read: the application cannot have seen a FIN")
+    if snapshot.unsent and snapshot.state in FIN_SENT and not snapshot.fin_unsent:
+        raise ValueError("the FIN cannot overtake unsent data")
+    if snapshot.state == FIN_WAIT2 and (snapshot.unacked or snapshot.unsent):
+        raise ValueError("everything was acknowledged in FIN_WAIT2")
+    if snapshot.segments and snapshot.state in FIN_RECEIVED:
+        raise ValueError("nothing comes after a FIN")
+
+
+def _check_segments(snapshot: Snapshot) -> None:
+    """Ascending, apart from what was received in order, within the window."""
+    end, limit = snapshot.receive_next + 1, snapshot.receive_next + snapshot.window.rcv_wnd
+    for segment in snapshot.segments:
+        following = segment.sequence + len(segment.data)
+        if not segment.data or _is_after(end, segment.sequence) or _is_after(following, limit):
+            raise ValueError(f"segment at {segment.sequence}: empty, not in order, or outside the window")
+        end = following
+
+
 def _is_after(one: int, other: int) -> bool:
     """In sequence space (RFC 9293 section 3.4)."""
     return 0 < (one - other) & _U32 < 1 << 31
 
 
-def _queues(lengths: object, body: bytes) -> tuple[bytes, bytes, bytes]:
+def _queues(lengths: object, headers: object, body: bytes) -> tuple[bytes, bytes, bytes, tuple[Segment, ...]]:
     if type(lengths) is not list or len(lengths) != 3 or any(type(n) is not int or n < 0 for n in lengths):
         raise ValueError("queues: three lengths are needed")
     first, second, third = lengths
-    if first + second + third != len(body):
-        raise ValueError(f"queues: {first + second + third} bytes announced, {len(body)} came")
+    whole = first + second + third
+    segments = _segments(headers, body[whole:])
+    announced = whole + sum(len(segment.data) for segment in segments)
+    if announced != len(body):
+        raise ValueError(f"queues: {announced} bytes announced, {len(body)} came")
     if len(body) > MAX_QUEUE:
         raise ValueError(f"queues: more than {MAX_QUEUE} bytes")
-    return body[:first], body[first : first + second], body[first + second :]
+    return body[:first], body[first : first + second], body[first + second : whole], segments
+
+
+def _segments(headers: object, body: bytes) -> tuple[Segment, ...]:
+    if type(headers) is not list or len(headers) > MAX_SEGMENTS:
+        raise ValueError(f"segments: not a list of at most {MAX_SEGMENTS}")
+    found, at = [], 0
+    for header in headers:
+        if type(header) is not list or [type(number) for number in header] != [int, int]:
+            raise ValueError("segments: each is [sequence, length]")
+        sequence, length = header
+        if not 0 <= sequence <= _U32 or not 0 < length <= len(body) - at:
+            raise ValueError("segments: a sequence number or a length is out of range")
+        found.append(Segment(sequence, body[at : at + length]))
+        at += length
+    return tuple(found)
+
+
+def _state(value: object) -> int:
+    if type(value) is not int or value not in STATES:
+        raise ValueError(f"state {value!r} is not one of {sorted(STATES)}")
+    return value
 
 
 def _endpoint(value: object) -> Endpoint:

@@ -41,8 +41,9 @@ share work /root/outside rw,cache=none
 for place in dev proc sys; do $b mount -o move "/$place" "/root/$place"; done
 for place in tmp run dev/shm; do $b mkdir -p "/root/$place"; $b mount -t tmpfs none "/root/$place"; done
 $b mkdir -p /root/run/netns
-$b mount -t devpts none /root/dev/pts 2>/dev/null || { $b mkdir -p /root/dev/pts; $b mount -t devpts none /root/dev/pts; }
-$b chroot /root /bin/sh -c 'ip link set lo up; sh /outside/command > /outside/output 2>&1 < /dev/null; echo $? > /outside/status; sync'
+$b mkdir -p /root/dev/pts
+$b mount -t devpts none /root/dev/pts
+$b chroot /root /bin/sh -c 'ip link set lo up; cd /outside; sh command > output 2>&1 < /dev/null; echo $? > status; sync'
 $b poweroff -f
 """
 
@@ -81,8 +82,8 @@ class OtherKernel:
         argv += ["-serial", f"file:{work}/console", "-kernel", str(kernel.image), "-initrd", str(work / "initrd")]
         argv += ["-append", "console=ttyS0 panic=-1 oops=panic random.trust_cpu=on"]
         for tag, path in shares.items():
-            kind = "rw" if tag == "work" else "ro"
-            argv += ["-fsdev", f"local,id={tag},path={path},security_model=none,multidevs=remap,readonly={'off' if kind == 'rw' else 'on'}"]
+            access = "off" if tag == "work" else "on"
+            argv += ["-fsdev", f"local,id={tag},path={path},security_model=none,multidevs=remap,readonly={access}"]
             argv += ["-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
         try:
             done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False)

@@ -16,10 +16,11 @@ from guest_agent.handoff.snapshot import Endpoint, after, decode, encode
 from tests.guest_agent.handoff.samples import SNAPSHOT
 
 GOLDEN = (
-    '{"version":1,"local":["192.0.2.10",80],"peer":["198.51.100.7",40000],"send_sequence":4294967280,'
+    '{"version":2,"local":["192.0.2.10",80],"peer":["198.51.100.7",40000],"send_sequence":4294967280,'
     '"receive_sequence":1000,"mss":1460,"send_scale":7,"receive_scale":10,"sack":true,"timestamps":true,'
     '"timestamp":123456,"timestamp_usec":false,"v4_mapped":false,"window":[1000,65535,65535,64000,1005],'
-    '"options":[true,false,false,7200,75,9,87040,131072,0,0,0,0,0,"cubic"],"queues":[5,34,2]}'
+    '"options":[true,false,false,7200,75,9,87040,131072,0,0,0,0,0,"cubic"],"queues":[5,34,2],'
+    '"state":1,"fin_unsent":false,"fin_read":false,"segments":[],"warm":null}'
 )
 
 
@@ -91,7 +92,7 @@ def test_bad_fields_are_refused(field: str, value: object) -> None:
     assert error.value.reason is Reason.BAD_SNAPSHOT
 
 
-@pytest.mark.parametrize("version", [0, 2, 999, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, 999, "2", None])
 def test_other_versions_are_refused(version: object) -> None:
     header, body = encode(SNAPSHOT)
     with pytest.raises(GuestError) as error:

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* The device: one open file per user, a handshake, then calls on sockets. */
+#include <linux/fs.h>
+#include <linux/miscdevice.h>
+#include <linux/module.h>
+#include <linux/net.h>
+#include <linux/uaccess.h>
+#include <linux/version.h>
+#include "socket_offload.h"
+
+/* private_data of a file whose handshake is done. */
+static const char greeted;
+
+static int copy_call(void *call, size_t size, void __user *from)
+{
+	u32 theirs;
+
+	if (get_user(theirs, (u32 __user *)from))
+		return -EFAULT;
+	return copy_struct_from_user(call, size, from, theirs);
+}
+
+static int copy_answer(void __user *to, const void *call, size_t size)
+{
+	u32 theirs = *(const u32 *)call;
+
+	return copy_to_user(to, call, min_t(size_t, size, theirs)) ? -EFAULT : 0;
+}
+
+static long handshake(struct file *file, void __user *user)
+{
+	struct skoff_handshake call;
+	int err = copy_call(&call, sizeof(call), user);
+
+	if (err)
+		return err;
+	err = call.version == SKOFF_VERSION ? 0 : -EPROTO;
+	call.version = SKOFF_VERSION;
+	call.snapshot_size = sizeof(struct skoff_snapshot);
+	call.segment_size = sizeof(struct skoff_segment);
+	call.kernel = LINUX_VERSION_CODE;
+	call.features = 0;
+	if (!err)
+		WRITE_ONCE(file->private_data, (void *)&greeted);
+	return copy_answer(user, &call, sizeof(call)) ?: err;
+}
+
+/* The socket behind a descriptor, if the caller may move it. */
+static struct socket *get_socket(int fd, u32 *reason)
+{
+	struct socket *sock;
+	int err;
+
+	*reason = SKOFF_REASON_NONE;
+	sock = sockfd_lookup(fd, &err);
+	if (!sock && err == -ENOTSOCK)
+		goto not_tcp;
+	if (!sock)
+		return ERR_PTR(err);
+	if (!sk_is_tcp(sock->sk) || !ns_capable(sock_net(sock->sk)->user_ns, CAP_NET_ADMIN)) {
+		bool tcp = sk_is_tcp(sock->sk);
+		bool mptcp = sock->sk->sk_protocol == IPPROTO_MPTCP;
+
+		sockfd_put(sock);
+		if (tcp)
+			return ERR_PTR(-EPERM);
+		if (mptcp)
+			*reason = SKOFF_REASON_MPTCP;
+		else
+			goto not_tcp;
+		return ERR_PTR(-EOPNOTSUPP);
+	}
+	return sock;
+not_tcp:
+	*reason = SKOFF_REASON_NOT_TCP;
+	return ERR_PTR(-EOPNOTSUPP);
+}
+
+static long freeze_export(void __user *user)
+{
+	struct skoff_export call;
+	struct socket *sock;
+	int err = copy_call(&call, sizeof(call), user);
+
+	if (err)
+		return err;
+	if (call.flags & ~SKOFF_OWN)
+		return -EINVAL;
+	sock = get_socket(call.fd, &call.reason);
+	if (IS_ERR(sock)) {
+		err = PTR_ERR(sock);
+	} else {
+		err = skoff_freeze_export(sock, &call);
+		sockfd_put(sock);
+	}
+	return copy_answer(user, &call, sizeof(call)) ?: err;
+}
+
+static long import(void __user *user)
+{
+	struct skoff_import call;
+	struct socket *sock;
+	int err = copy_call(&call, sizeof(call), user);
+
+	if (err)
+		return err;
+	if (call.flags & ~(SKOFF_BIND | SKOFF_OPTIONS))
+		return -EINVAL;
+	sock = get_socket(call.fd, &call.reason);
+	if (IS_ERR(sock)) {
+		err = PTR_ERR(sock);
+	} else {
+		err = skoff_import_into(sock, &call);
+		sockfd_put(sock);
+	}
+	return copy_answer(user, &call, sizeof(call)) ?: err;
+}
+
+/* SKOFF_THAW and SKOFF_ABORT: to the socket they are the same. */
+static long thaw(void __user *user)
+{
+	struct skoff_thaw call;
+	struct socket *sock;
+	int err = copy_call(&call, sizeof(call), user);
+
+	if (err)
+		return err;
+	sock = get_socket(call.fd, &call.reason);
+	if (IS_ERR(sock)) {
+		err = PTR_ERR(sock);
+		return copy_answer(user, &call, sizeof(call)) ?: err;
+	}
+	lock_sock(sock->sk);
+	if (skoff_is_frozen(sock->sk)) {
+		skoff_thaw(sock->sk);
+	} else {
+		call.reason = SKOFF_REASON_FROZEN;
+		err = -EOPNOTSUPP;
+	}
+	release_sock(sock->sk);
+	if (!err)
+		skoff_detach_filter(sock);
+	sockfd_put(sock);
+	return copy_answer(user, &call, sizeof(call)) ?: err;
+}
+
+static long skoff_ioctl(struct file *file, unsigned int number, unsigned long argument)
+{
+	void __user *user = (void __user *)argument;
+
+	if (number == SKOFF_HANDSHAKE)
+		return handshake(file, user);
+	if (READ_ONCE(file->private_data) != &greeted)
+		return -EPERM;
+	switch (number) {
+	case SKOFF_FREEZE_EXPORT:
+		return freeze_export(user);
+	case SKOFF_IMPORT:
+		return import(user);
+	case SKOFF_THAW:
+	case SKOFF_ABORT:
+		return thaw(user);
+	}
+	return -ENOTTY;
+}
+
+static int skoff_open(struct inode *inode, struct file *file)
+{
+	file->private_data = NULL; /* misc_open() leaves the device there */
+	return 0;
+}
+
+static const struct file_operations skoff_operations = {
+	.owner = THIS_MODULE,
+	.open = skoff_open,
+	.unlocked_ioctl = skoff_ioctl,
+	.compat_ioctl = compat_ptr_ioctl,
+	.llseek = noop_llseek,
+};
+
+static struct miscdevice skoff_device = {
+	.minor = MISC_DYNAMIC_MINOR,
+	.name = SKOFF_DEVICE,
+	.fops = &skoff_operations,
+	.mode = 0600,
+};
+
+module_misc_device(skoff_device);
+
+MODULE_DESCRIPTION("Hand live TCP connections from one socket to another");
+MODULE_AUTHOR("Streamlift");
+MODULE_LICENSE("GPL");
+MODULE_VERSION("0.1.0");

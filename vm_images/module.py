@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A kernel module of ours, built out of its tree against Debian's headers (Documentation/kbuild/modules.rst)."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from vm_images.command import BuildError, run
+from vm_images.packages import fetch
+
+SOURCES = ("*.c", "*.h", "uapi/*.h", "Kbuild", "Makefile")
+HEADERS = "/usr/src/linux-headers-"
+
+
+def sources(folder: Path) -> list[Path]:
+    """All that a module is made of, in a fixed order."""
+    found = sorted(path for pattern in SOURCES for path in folder.glob(pattern) if not path.name.endswith(".mod.c"))
+    if not found:
+        raise BuildError(f"{folder} holds no module")
+    return found
+
+
+def unpack_headers(release: str, *, directory: Path) -> None:
+    """Download the headers of one kernel and what they need, and make them find each other where they are."""
+    package = f"linux-headers-{release}"
+    needed = run(["apt-cache", "depends", "--important", package])
+    parts = re.findall(r"Depends: (linux-(?:headers-\S+-common|kbuild-\S+))", needed)
+    if len(parts) != 2:
+        raise BuildError(f"{package}: apt does not know it: 'apt-get update', or add its source")
+    for name in (package, *parts):
+        fetch(name, directory=directory)
+    makefile = folder(directory, release=release) / "Makefile"
+    beside = makefile.read_text(encoding="utf-8").replace("/usr/src/", "../")
+    makefile.write_text(beside, encoding="utf-8")
+
+
+def folder(directory: Path, *, release: str) -> Path:
+    """Where the headers are that `unpack_headers` left in `directory`."""
+    return directory / "unpacked" / f"{HEADERS[1:]}{release}"
+
+
+def build_module(source: Path, *, headers: Path, release: str, directory: Path) -> None:
+    """Leave the module in `directory`. A warning is an error."""
+    for path in sources(source):
+        copy = directory / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    tree = folder(headers, release=release)
+    variables = {"KCFLAGS": "-Werror"}
+    run(["make", "-s", f"-j{os.cpu_count()}", f"KDIR={tree}", "W=1"], directory=directory, environment=variables)
