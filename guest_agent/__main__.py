@@ -10,6 +10,7 @@ import sys
 
 from guest_agent import __version__
 from guest_agent.agent import DEFAULT_PORT, DEFAULT_SOCKET, DEFAULT_THRESHOLD, Settings, run
+from guest_agent.handoff.backend import NAMES
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,6 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threshold", type=int, default=DEFAULT_THRESHOLD, help="bytes below which a transfer stays local (%(default)s)"
     )
+    parser.add_argument(
+        "--backend", default="auto", choices=["auto", *NAMES], help="how sockets are moved (default: the module, if it is loaded)"
+    )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--version", action="version", version=__version__)
     return parser
@@ -44,6 +48,7 @@ def main() -> int:
         shares=tuple(arguments.share),
         allowed=frozenset(arguments.allow or ["@streamlift"]),
         threshold=arguments.threshold,
+        backend=arguments.backend,
     )
     asyncio.run(run(settings))
     return 0

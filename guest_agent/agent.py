@@ -15,6 +15,7 @@ from typing import Any
 from guest_agent import __version__, mute
 from guest_agent.applications import Applications
 from guest_agent.channel import Channel
+from guest_agent.handoff.backend import choose
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.wire import Established, Event, Message, Violation
 from guest_agent.share import find_shares
@@ -25,7 +26,6 @@ log = logging.getLogger("streamlift.agent")
 DEFAULT_PORT = "/dev/virtio-ports/org.streamlift.offload.0"
 DEFAULT_SOCKET = "/run/streamlift/agent.sock"
 DEFAULT_THRESHOLD = 65536
-BACKEND = "tcp_repair"
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Settings:
     shares: tuple[str, ...] = ()
     allowed: frozenset[str] = field(default_factory=lambda: frozenset({"@streamlift"}))
     threshold: int = DEFAULT_THRESHOLD
+    backend: str = "auto"
 
 
 class Agent:
@@ -45,17 +46,21 @@ class Agent:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._keep = _open_hold()
+        self._backend = choose(settings.backend)
+        log.info("backend %s: %s", self._backend.name, self._backend.why)
         mute.install()
         about = {
             "side": "guest",
             "agent_version": __version__,
             "instance": os.urandom(8).hex(),
-            "backends": [BACKEND],
+            "backends": [self._backend.name],
             "kernel": platform.release(),
             "lossless_freeze": self._keep is not None,
         }
         self._channel = Channel(settings.port, about, on_event=self._event, on_down=self._down)
-        self._transfers = Transfers(keep=self._keep, send=self._channel.send, is_up=lambda: self._channel.up)
+        self._transfers = Transfers(
+            backend=self._backend, keep=self._keep, send=self._channel.send, is_up=lambda: self._channel.up
+        )
         self._host: dict[str, Any] = {}
         self._applications = Applications(
             settings.socket,
@@ -109,7 +114,8 @@ class Agent:
             "threshold": self._threshold(),
             "shares": list(self._shares()),
             "host": "up" if self._channel.up else "down",
-            "backend": BACKEND,
+            "backend": self._backend.name,
+            "backend_why": self._backend.why,
         }
 
     def _threshold(self) -> int:

@@ -14,12 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from guest_agent.handoff import fault, kernel
+from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.errors import HandoffError, HostError, Reason
-from guest_agent.handoff.extract import check_movable, extract
-from guest_agent.handoff.freeze import freeze, thaw
 from guest_agent.handoff.hold import Hold
-from guest_agent.handoff.restore import restore_in_place
-from guest_agent.handoff.snapshot import Snapshot, after, encode
+from guest_agent.handoff.snapshot import ESTABLISHED, Snapshot, after, encode
 from guest_agent.handoff.state import Guest, move_guest
 from guest_agent.handoff.wire import Header
 from guest_agent.mute import mute, unmute
@@ -69,19 +67,17 @@ class Transfer:
         fault.reach(f"guest:{to.value}")
 
 
-def begin(transfer: Transfer, keep: Hold | None, send: Send) -> None:
+def begin(transfer: Transfer, backend: Backend, keep: Hold | None, send: Send) -> None:
     """Steps 1 to 3. Raises HandoffError or OSError with the socket thawed, as it was."""
-    check_movable(transfer.sock)
     transfer.cookie = int.from_bytes(transfer.sock.getsockopt(socket.SOL_SOCKET, kernel.SO_COOKIE, 8), "little")
-    freeze(transfer.sock, keep)
+    transfer.snapshot = backend.take(transfer.sock, keep)
     try:
         transfer.move(Guest.FROZEN)
-        transfer.snapshot = extract(transfer.sock)
         mute(transfer.sock)
         offer(transfer, send)
         transfer.expected = _expected(transfer)
     except (HandoffError, OSError):
-        undo(transfer)
+        undo(transfer, backend)
         raise
     transfer.move(Guest.OFFERED)
 
@@ -113,18 +109,21 @@ def _expected(transfer: Transfer) -> Snapshot:
     return replace(after(transfer.snapshot, transfer.count), options=options)
 
 
-def stand_by(transfer: Transfer) -> None:
+def stand_by(transfer: Transfer, backend: Backend) -> None:
     """The host committed. Our socket is rebuilt as it will stand when the file is delivered: it has nothing to retransmit,
-    and on the way home only what the client said meanwhile is missing (`take_back.py`). Raises OSError."""
+    and on the way home only what the client said meanwhile is missing (`take_back.py`). Raises HandoffError, OSError.
+
+    One whose client has closed already is rebuilt at home: it would have to be while packets come."""
     assert transfer.snapshot is not None and transfer.expected is not None
     if transfer.snapshot.options.keepalive:  # a probe would tell the client about a second owner
         transfer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
-    restore_in_place(transfer.sock, transfer.expected)
-    transfer.standing_by = True
+    if transfer.snapshot.state == ESTABLISHED:
+        backend.restore_in_place(transfer.sock, transfer.expected)
+        transfer.standing_by = True
 
 
-def undo(transfer: Transfer) -> None:
+def undo(transfer: Transfer, backend: Backend) -> None:
     """The host did not take it: thaw; the socket never stopped being ours."""
     unmute(transfer.sock, transfer.snapshot.options.mark if transfer.snapshot else 0)
-    thaw(transfer.sock)
+    backend.thaw(transfer.sock)
     transfer.move(Guest.HOME)

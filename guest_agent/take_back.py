@@ -8,7 +8,7 @@ A transfer that went as expected comes home directly: our place-holder stands th
 held), and it thaws at once. Any other is rebuilt while packets still go to the host, and thaws when the host has released
 it. If we cannot restore, we say so, and the host ends the connection: it is the only one that still can.
 
-A client that closed meanwhile has its FIN acknowledged by the host, perhaps, but this backend cannot restore a socket that has
+A client that closed meanwhile has its FIN acknowledged by the host, perhaps, but TCP_REPAIR cannot restore a socket that has
 received one. So it is restored as it was before, and the FIN comes once more; nothing may be sent until it has, because it
 would acknowledge less than the host did (`await_fin`)."""
 
@@ -21,9 +21,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from guest_agent.hand_out import Transfer
-from guest_agent.handoff import freeze
+from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.errors import GuestError, Reason
-from guest_agent.handoff.restore import arrive, arrives_at, restore_in_place, send_unsent
+from guest_agent.handoff.restore import arrives_at
 from guest_agent.handoff.segment import absorb
 from guest_agent.handoff.snapshot import decode
 from guest_agent.handoff.state import Guest
@@ -33,7 +33,7 @@ FIN_LIMIT = 1.0
 """Seconds until a FIN that the host promised is given up. It comes within one round trip over the channel."""
 
 
-def restore(transfer: Transfer, header: Header, body: bytes) -> None:
+def restore(transfer: Transfer, backend: Backend, header: Header, body: bytes) -> None:
     """Restore the connection in place. Raises HandoffError or OSError: then it cannot come home.
 
     The application's options are those of our own snapshot; a transfer that was reclaimed has none, and takes the host's."""
@@ -47,18 +47,18 @@ def restore(transfer: Transfer, header: Header, body: bytes) -> None:
     snapshot, transfer.held = absorb(snapshot, transfer.held)
     transfer.move(Guest.RETURNING)
     if transfer.standing_by and transfer.expected is not None and arrives_at(snapshot, transfer.expected):
-        arrive(transfer.sock, snapshot)
+        backend.arrive(transfer.sock, snapshot)
     else:
-        restore_in_place(transfer.sock, snapshot)
+        backend.restore_in_place(transfer.sock, snapshot)
     transfer.snapshot = snapshot
     transfer.closed = header.get("closed") is True
 
 
-def thaw(transfer: Transfer) -> None:
+def thaw(transfer: Transfer, backend: Backend) -> None:
     """The connection is ours again; what was queued and never sent goes out now."""
     assert transfer.snapshot is not None
-    freeze.thaw(transfer.sock)
-    send_unsent(transfer.sock, transfer.snapshot)
+    backend.thaw(transfer.sock)
+    backend.send_unsent(transfer.sock, transfer.snapshot)
     transfer.move(Guest.HOME)
 
 

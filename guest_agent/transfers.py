@@ -15,8 +15,9 @@ from typing import Any
 from guest_agent import hand_out, take_back
 from guest_agent.hand_out import Outcome, Send, Transfer
 from guest_agent.handoff import kernel
+from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.errors import GuestError, HandoffError, NotMovable, Reason
-from guest_agent.handoff.freeze import is_frozen, thaw
+from guest_agent.handoff.freeze import is_frozen
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.segment import is_intact, is_stale
 from guest_agent.handoff.state import Guest, move_guest
@@ -36,8 +37,8 @@ _REMEMBERED = 8192
 class Transfers:
     """All transfers by token. `send` is the channel's; it raises ConnectionError while the host is away."""
 
-    def __init__(self, *, keep: Hold | None, send: Send, is_up: Callable[[], bool]) -> None:
-        self._keep, self._send, self._is_up = keep, send, is_up
+    def __init__(self, *, backend: Backend, keep: Hold | None, send: Send, is_up: Callable[[], bool]) -> None:
+        self._backend, self._keep, self._send, self._is_up = backend, keep, send, is_up
         self._by_token: dict[str, Transfer] = {}
         self._by_cookie: dict[int, Transfer] = {}
         self._came_home: OrderedDict[str, None] = OrderedDict()
@@ -60,7 +61,7 @@ class Transfers:
                 raise GuestError(Reason.DUPLICATE, "a transfer with this token is under way")
             if not self._is_up():
                 raise NotMovable(Reason.HOST_AWAY, "the host's service does not answer")
-            hand_out.begin(transfer, self._keep, self._send)
+            hand_out.begin(transfer, self._backend, self._keep, self._send)
         except HandoffError as error:
             self._finish(transfer, Outcome("local", 0, error.reason, str(error)))
         except OSError as error:
@@ -135,8 +136,8 @@ class Transfers:
         """Tell the host whether the connection may come home directly."""
         if transfer.snapshot is not None:
             try:
-                hand_out.stand_by(transfer)
-            except OSError as error:
+                hand_out.stand_by(transfer, self._backend)
+            except (HandoffError, OSError) as error:
                 log.warning("%s: the place-holder is not rebuilt: %s", transfer.token, error)
         self._send({"type": "standing_by", "token": transfer.token, "ready": transfer.standing_by}, b"")
 
@@ -151,7 +152,7 @@ class Transfers:
         if transfer.state in (Guest.OUT, Guest.OFFERED):
             self.collect_held()
             try:
-                take_back.restore(transfer, header, body)
+                take_back.restore(transfer, self._backend, header, body)
             except (HandoffError, OSError) as error:
                 self._not_restored(transfer, error)
                 return
@@ -171,7 +172,7 @@ class Transfers:
             self._bury(transfer, Outcome("failed", _sent(header), Reason.RESTORE_FAILED, message, errno.ECONNRESET))
         else:
             if is_frozen(transfer.sock):
-                thaw(transfer.sock)
+                self._backend.thaw(transfer.sock)
             transfer.move(Guest.HOME)
             self._forget(transfer)
             self._finish(transfer, _returned(header))
@@ -195,7 +196,7 @@ class Transfers:
     def _come_home(self, transfer: Transfer) -> None:
         """The host let go: thaw, and send after it what came while we were frozen."""
         try:
-            take_back.thaw(transfer)
+            take_back.thaw(transfer, self._backend)
         except (HandoffError, OSError) as error:
             self._bury(transfer, Outcome("failed", 0, Reason.RESTORE_FAILED, str(error), errno.ECONNRESET))
             return
@@ -213,7 +214,7 @@ class Transfers:
 
     def _undo(self, transfer: Transfer, reason: Reason, message: str) -> None:
         self.collect_held()
-        hand_out.undo(transfer)
+        hand_out.undo(transfer, self._backend)
         self.collect_held()
         self._forget(transfer)
         self._send_held(transfer)
@@ -225,7 +226,7 @@ class Transfers:
         self._forget(transfer)
         try:
             kernel.disconnect(transfer.sock.fileno())
-            thaw(transfer.sock)
+            self._backend.thaw(transfer.sock)
         except OSError as error:
             log.warning("%s: the place-holder did not close: %s", transfer.token, error)
         self._finish(transfer, outcome)

@@ -31,7 +31,9 @@ class Service(_Section):
 
     runtime_dir: str = Field(default="/run/streamlift", description="Where the control socket lives.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="What is logged.")
-    backend: Literal["auto", "tcp_repair"] = Field(default="auto", description="How sockets are moved.")
+    backend: Literal["auto", "tcp_repair", "socket_offload"] = Field(
+        default="auto", description="How sockets are moved; auto: by the kernel module, if it is loaded."
+    )
 
 
 class RedirectSection(_Section):

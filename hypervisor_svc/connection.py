@@ -38,6 +38,12 @@ class Guest:
     _measured: tuple[float, int] = (0.0, 0)
     draining: bool = False
 
+    @property
+    def backend(self) -> str:
+        """How its agent moves sockets (`guest_agent/handoff/backend.py`)."""
+        backends = self.hello.get("backends")
+        return str(backends[0]) if isinstance(backends, list) and backends else "tcp_repair"
+
     def send(self, header: Header, body: bytes = b"") -> bool:
         """Send to the guest; False if its channel is down."""
         return self.channel is not None and self.channel.send(header, body)

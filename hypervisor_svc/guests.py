@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.errors import GuestError, HandoffError, HostError, Reason
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.segment import is_intact
@@ -60,13 +61,21 @@ class Guests:
     """All VMs with a channel, by UUID, and everything they have out."""
 
     def __init__(
-        self, *, about: Header, redirect: Redirect, keep: Hold | None, injector: Injector, quantum: int, limits: Limits
+        self,
+        *,
+        about: Header,
+        backend: Backend,
+        redirect: Redirect,
+        keep: Hold | None,
+        injector: Injector,
+        quantum: int,
+        limits: Limits,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.durations = Durations()
         self._about, self._limits, self._keep, self._injector = about, limits, keep, injector
-        self._handoff = Handoff(redirect, keep, self.durations)
-        self._hand_back = HandBack(redirect, keep, injector, self.durations, collect=self.collect_held)
+        self._handoff = Handoff(backend, redirect, keep, self.durations)
+        self._hand_back = HandBack(backend, redirect, keep, injector, self.durations, collect=self.collect_held)
         self._server = Server(quantum=quantum, on_finished=self._finished, on_gone=self._client_gone)
         self._by_uuid: dict[str, Guest] = {}
         self._by_cookie: dict[int, Connection] = {}

@@ -25,13 +25,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from guest_agent.handoff import kernel
+from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.diag import tcp_state
 from guest_agent.handoff.errors import HandoffError
-from guest_agent.handoff.extract import extract
-from guest_agent.handoff.freeze import freeze, is_frozen, thaw
+from guest_agent.handoff.freeze import is_frozen
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.segment import absorb, is_stale
-from guest_agent.handoff.snapshot import Snapshot, encode
+from guest_agent.handoff.snapshot import CLOSE_WAIT, Snapshot, before_fin, encode
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Header
 from hypervisor_svc.connection import Connection, Durations
@@ -47,6 +47,7 @@ class HandBack:
 
     def __init__(
         self,
+        backend: Backend,
         redirect: Redirect,
         keep: Hold | None,
         injector: Injector,
@@ -55,7 +56,8 @@ class HandBack:
         collect: Callable[[], None],
     ) -> None:
         """`collect` brings `Connection.held` up to date."""
-        self._redirect, self._keep, self._injector, self._durations = redirect, keep, injector, durations
+        self._backend, self._redirect, self._keep = backend, redirect, keep
+        self._injector, self._durations = injector, durations
         self._collect = collect
 
     def hand_back(self, connection: Connection) -> None:
@@ -64,9 +66,8 @@ class HandBack:
         assert connection.sock is not None and connection.endpoint is not None
         with self._durations.of("back"):
             with self._durations.of("freeze_extract"):
-                freeze(connection.sock, self._keep, own=True)
+                snapshot = self._take(connection)
                 connection.move(Host.FROZEN)
-                snapshot = self._extract(connection)
             connection.direct = _as_expected(connection, snapshot) and self._unredirected(connection)
             self._collect()
             snapshot, held = absorb(snapshot, connection.held)
@@ -92,18 +93,24 @@ class HandBack:
             if connection.parting is not None:
                 connection.parting[0]["direct"] = False
 
-    def _extract(self, connection: Connection) -> Snapshot:
+    def _take(self, connection: Connection) -> Snapshot:
         assert connection.sock is not None
-        snapshot = extract(connection.sock, before_fin=True, known=connection.job.snapshot)
-        state = connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        if state == kernel.CLOSE_WAIT:  # the FIN comes again without a timestamp: we do not know the client's clock
+        snapshot = self._backend.take(connection.sock, self._keep, own=True, known=connection.job.snapshot)
+        if self._backend.name == connection.guest.backend == "socket_offload":
+            return snapshot  # it carries everything, and while it is frozen no timer runs
+        return _after_delayed_ack(self._without_fin(connection, snapshot))
+
+    def _without_fin(self, connection: Connection, snapshot: Snapshot) -> Snapshot:
+        """The FIN comes again, without a timestamp: we do not know the client's clock."""
+        if snapshot.state == CLOSE_WAIT:
+            snapshot = before_fin(snapshot)
             connection.fin = fin_segment(
                 connection.flow,
                 sequence=snapshot.receive_next,
                 acknowledge=snapshot.send_sequence,
                 window=min(65535, snapshot.window.snd_wnd >> (snapshot.send_scale or 0)),
             )
-        return _after_delayed_ack(snapshot) if connection.fin or snapshot.window.rcv_wup != snapshot.receive_next else snapshot
+        return snapshot
 
     def _message(self, connection: Connection, snapshot: Header) -> Header:
         return {
@@ -145,7 +152,7 @@ class HandBack:
         our copy closes silently."""
         if connection.sock is not None and not connection.direct and is_frozen(connection.sock):
             with contextlib.suppress(OSError):
-                thaw(connection.sock)
+                self._backend.thaw(connection.sock)
         connection.close()
         connection.state = Host.GONE
 
@@ -166,7 +173,7 @@ class HandBack:
 
 
 def _after_delayed_ack(snapshot: Snapshot) -> Snapshot:
-    """Freezing does not stop the timer of an ACK that is due: our copy may still send it, with a later time stamp than it has
+    """TCP_REPAIR does not stop the timer of an ACK that is due: our copy may still send it, with a later time stamp than it has
     now, and the clock that the client sees must not go back (RFC 7323 section 5)."""
     delay = _ACK_DELAY * (1000 if snapshot.timestamp_usec else 1)
     return replace(snapshot, timestamp=(snapshot.timestamp + delay) & 0xFFFFFFFF) if snapshot.timestamps else snapshot

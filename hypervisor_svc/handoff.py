@@ -13,10 +13,9 @@ import time
 from dataclasses import replace
 
 from guest_agent.handoff import kernel
+from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.errors import HandoffError, HostError, Reason
-from guest_agent.handoff.freeze import thaw
 from guest_agent.handoff.hold import Hold
-from guest_agent.handoff.restore import restore_fresh, send_unsent
 from guest_agent.handoff.snapshot import Snapshot
 from guest_agent.handoff.state import Host
 from hypervisor_svc.connection import Connection, Durations
@@ -28,8 +27,8 @@ from hypervisor_svc.serve import COLD_CONGESTION, paces
 class Handoff:
     """Takes connections over. `keep` may be None: packets that come meanwhile are then lost and retransmitted."""
 
-    def __init__(self, redirect: Redirect, keep: Hold | None, durations: Durations) -> None:
-        self._redirect, self._keep, self._durations = redirect, keep, durations
+    def __init__(self, backend: Backend, redirect: Redirect, keep: Hold | None, durations: Durations) -> None:
+        self._backend, self._redirect, self._keep, self._durations = backend, redirect, keep, durations
 
     def take(self, connection: Connection) -> None:
         """From a checked offer to a frozen socket to which the client's packets come. Raises HandoffError; nothing is left
@@ -63,19 +62,25 @@ class Handoff:
 
     def _restore(self, connection: Connection) -> None:
         connection.endpoint = self._redirect.bind_address(connection.flow)
+        cold = self._begins_cold(connection.job.snapshot)
         try:
-            sock = restore_fresh(
-                _for_bulk(connection.job.snapshot),
+            sock = self._backend.restore_fresh(
+                _for_bulk(connection.job.snapshot, cold=cold),
                 self._keep,
                 bind=connection.endpoint,
                 transparent=self._redirect.transparent,
                 mark=SOCKET_MARK,
             )
-            connection.sock, connection.cold = sock, paces(connection.job.snapshot.options.congestion)
+            connection.sock, connection.cold = sock, cold
             connection.cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, kernel.SO_COOKIE, 8), "little")
             connection.move(Host.RESTORED)
         except OSError as error:
             raise HostError(Reason.RESTORE_FAILED, f"restore: {error}", errno=error.errno or 0) from None
+
+    def _begins_cold(self, snapshot: Snapshot) -> bool:
+        """Whether its congestion control paces, and nobody tells it at which rate."""
+        warm = self._backend.name == "socket_offload" and snapshot.warm is not None and snapshot.warm.srtt_us > 0
+        return paces(snapshot.options.congestion) and not warm
 
     def _redirect_here(self, connection: Connection) -> None:
         assert connection.endpoint is not None
@@ -91,8 +96,8 @@ class Handoff:
         with self._durations.of("commit"):
             try:
                 connection.move(Host.SERVING)
-                thaw(connection.sock)
-                send_unsent(connection.sock, connection.job.snapshot, more=True)
+                self._backend.thaw(connection.sock)
+                self._backend.send_unsent(connection.sock, connection.job.snapshot, more=True)
             except OSError as error:
                 raise HostError(Reason.RESTORE_FAILED, f"thaw: {error}", errno=error.errno or 0) from None
         self._durations.add("out", time.monotonic() - connection.started)
@@ -111,9 +116,9 @@ class Handoff:
             connection.state = Host.GONE
 
 
-def _for_bulk(snapshot: Snapshot) -> Snapshot:
+def _for_bulk(snapshot: Snapshot, *, cold: bool) -> Snapshot:
     """The last part of a file must leave at once, whatever the application prefers for its own small writes; its options come
     home with its own snapshot. A congestion control that paces begins when there is a round-trip time (`serve.py`)."""
     options = snapshot.options
-    congestion = COLD_CONGESTION if paces(options.congestion) else options.congestion
+    congestion = COLD_CONGESTION if cold else options.congestion
     return replace(snapshot, options=replace(options, nodelay=True, cork=False, congestion=congestion))

@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass
 
 from guest_agent.handoff.errors import GuestError, HandoffError, HostError, Reason
-from guest_agent.handoff.snapshot import Snapshot, decode
+from guest_agent.handoff.snapshot import CLOSE_WAIT, ESTABLISHED, Snapshot, decode
 from guest_agent.handoff.wire import Header
 
 PRIORITIES = ("low", "normal", "high")
@@ -49,7 +49,7 @@ def read_job(header: Header, body: bytes) -> Job:
     """Check the form of a `hand_out` message. Raises GuestError."""
     if header.keys() != _HAND_OUT_FIELDS:
         raise GuestError(Reason.BAD_REQUEST, f"hand_out: fields {sorted(header.keys() ^ _HAND_OUT_FIELDS)}")
-    return Job(
+    job = Job(
         token=read_token(header),
         path=_path(header["path"]),
         inode=_number("inode", header["inode"], 0),
@@ -58,6 +58,9 @@ def read_job(header: Header, body: bytes) -> Job:
         priority=_priority(header["priority"]),
         snapshot=decode(header["snapshot"], body),
     )
+    if job.snapshot.state not in (ESTABLISHED, CLOSE_WAIT):
+        raise GuestError(Reason.HALF_CLOSED, "the server has closed its side: nothing can be sent")
+    return job
 
 
 def read_token(header: Header) -> str:

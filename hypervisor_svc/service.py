@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from guest_agent.handoff.errors import Reason
+from guest_agent.handoff.backend import Backend, choose
+from guest_agent.handoff.errors import HandoffError, Reason
 from guest_agent.handoff.hold import Hold
 from hypervisor_svc import __version__
 from hypervisor_svc.bridge import BridgedRedirect
@@ -32,8 +33,6 @@ from hypervisor_svc.transparent import TransparentRedirect
 
 log = logging.getLogger("streamlift.service")
 
-BACKEND = "tcp_repair"
-BACKEND_WHY = "works on every kernel since 4.10; no kernel module is installed"
 DRAIN_LIMIT = 2.0
 
 
@@ -47,6 +46,7 @@ class Service:
         self._lossless = False
         self._guests: Guests
         self._redirect: BridgedRedirect
+        self._backend: Backend
 
     async def __aenter__(self) -> Service:
         async with contextlib.AsyncExitStack() as stack:
@@ -54,10 +54,13 @@ class Service:
             stale = redirect.flush()
             if stale:
                 log.warning("%d redirects of an earlier service were removed", stale)
+            self._backend = choose(self._config.service.backend)
+            log.info("backend %s: %s", self._backend.name, self._backend.why)
             injector = stack.enter_context(Injector())
             keep = self._open_hold(stack)
             self._guests = Guests(
                 about=self._about(),
+                backend=self._backend,
                 redirect=redirect,
                 keep=keep,
                 injector=injector,
@@ -89,7 +92,7 @@ class Service:
             "side": "host",
             "service_version": __version__,
             "instance": os.urandom(8).hex(),
-            "backends": [BACKEND],
+            "backends": [self._backend.name],
             "kernel": platform.release(),
         }
 
@@ -145,7 +148,7 @@ class Service:
             "pid": os.getpid(),
             "memory_bytes": _resident_bytes(),
             "uptime_seconds": round(time.monotonic() - self._started, 1),
-            "backend": {"name": BACKEND, "why": BACKEND_WHY},
+            "backend": {"name": self._backend.name, "why": self._backend.why},
             "redirect": self._config.redirect.mode,
             "lossless_freeze": self._lossless,
             "durations": self._guests.durations.summary(request.get("samples")),
@@ -182,6 +185,7 @@ def _machine_status(guest: Guest) -> dict[str, Any]:
         "channel": guest.channel.state if guest.channel else "down",
         "agent_version": guest.hello.get("agent_version"),
         "kernel": guest.hello.get("kernel"),
+        "backend": guest.backend,
         "addresses": list(guest.machine.addresses),
         "share": guest.machine.share,
         "connections_out": len(guest.connections),
@@ -272,7 +276,7 @@ class _Supervisor:
         _die_with_parent()
         try:
             asyncio.run(_serve(self._config))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, HandoffError) as error:
             log.critical("%s", error, exc_info=log.isEnabledFor(logging.DEBUG))
             return 1
         finally:

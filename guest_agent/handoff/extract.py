@@ -44,20 +44,17 @@ def _wrong_state(state: int) -> NotMovable:
     return NotMovable(Reason.NOT_ESTABLISHED, f"TCP state {state} is not ESTABLISHED")
 
 
-def extract(sock: socket.socket, *, before_fin: bool = False, known: Snapshot | None = None) -> Snapshot:
+def extract(sock: socket.socket, *, known: Snapshot | None = None) -> Snapshot:
     """Return the state of a frozen socket, queues included. Raises NotMovable or OSError; the socket stays frozen.
 
-    With `before_fin` a socket whose peer has closed (CLOSE_WAIT) is described as it was before the FIN came; whoever
-    restores it must see to it that the FIN comes again (`hypervisor_svc/inject.py`). What never changes (ends, options) is
-    taken from `known`, if given: that spares two dozen system calls."""
+    One whose peer has closed (CLOSE_WAIT) can be described, though TCP_REPAIR cannot restore it (`snapshot.before_fin`). What
+    never changes (ends, options) is taken from `known`, if given: that spares two dozen system calls."""
     info = kernel.parse_info(_getsockopt(sock, _TCP, socket.TCP_INFO, 20))
-    closed = before_fin and info.state == kernel.CLOSE_WAIT
+    closed = info.state == kernel.CLOSE_WAIT
     if info.state != kernel.ESTABLISHED and not closed:
         raise _wrong_state(info.state)
     local, peer, mapped = endpoints(sock) if known is None else (known.local, known.peer, known.v4_mapped)
     receive_queue, receive_next = _receive_queue(sock)
-    if closed:
-        receive_next = (receive_next - 1) & _U32
     sent, unsent_length, write_sequence = _send_queue(sock)
     mss = _getsockopt(sock, _TCP, socket.TCP_MAXSEG)
     if known is None:
@@ -67,7 +64,7 @@ def extract(sock: socket.socket, *, before_fin: bool = False, known: Snapshot | 
         local=local,
         peer=peer,
         send_sequence=(write_sequence - len(sent)) & _U32,
-        receive_sequence=(receive_next - len(receive_queue)) & _U32,
+        receive_sequence=(receive_next - len(receive_queue) - closed) & _U32,
         mss=mss,
         send_scale=info.send_scale if info.scaling else None,
         receive_scale=info.receive_scale if info.scaling else None,
@@ -81,6 +78,7 @@ def extract(sock: socket.socket, *, before_fin: bool = False, known: Snapshot | 
         receive_queue=receive_queue,
         unacked=sent[:unacked_length],
         unsent=sent[unacked_length:],
+        state=info.state,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from dataclasses import replace
 
 from guest_agent.handoff import hold, kernel
 from guest_agent.handoff.errors import HostError, NotMovable, Reason
@@ -35,14 +36,9 @@ def restore_fresh(
 
     `mark` replaces the snapshot's SO_MARK, which means something only on the machine it came from. Raises OSError."""
     _check_state(snapshot)
-    family = socket.AF_INET6 if snapshot.is_ipv6 else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM, _TCP)
+    sock = new_socket(snapshot, keep, transparent=transparent)
     try:
-        sock.setblocking(False)
-        if transparent:
-            _make_transparent(sock)
         _setsockopt(sock, _TCP, kernel.TCP_REPAIR, kernel.REPAIR_ON)
-        hold.attach(sock, keep)
         if mark:
             _setsockopt(sock, _SOL, socket.SO_MARK, mark)
         apply_options(sock, snapshot.options)
@@ -51,6 +47,25 @@ def restore_fresh(
         sock.close()
         raise
     return sock
+
+
+def new_socket(snapshot: Snapshot, keep: Hold | None, *, transparent: bool) -> socket.socket:
+    """A closed socket of the snapshot's family that takes nothing in. Raises OSError."""
+    sock = socket.socket(socket.AF_INET6 if snapshot.is_ipv6 else socket.AF_INET, socket.SOCK_STREAM, _TCP)
+    try:
+        sock.setblocking(False)
+        if transparent:
+            _make_transparent(sock)
+        hold.attach(sock, keep)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def marked(snapshot: Snapshot, mark: int) -> Snapshot:
+    """The snapshot with another SO_MARK: its own means something only on the machine it came from."""
+    return replace(snapshot, options=replace(snapshot.options, mark=mark))
 
 
 def restore_in_place(sock: socket.socket, snapshot: Snapshot) -> None:
@@ -62,6 +77,11 @@ def restore_in_place(sock: socket.socket, snapshot: Snapshot) -> None:
     sock.getsockopt(_SOL, socket.SO_ERROR)  # ECONNABORTED of our own disconnect
     _setsockopt(sock, _SOL, socket.SO_MARK, snapshot.options.mark)  # the route is looked up with it
     _continue(sock, snapshot, snapshot.local)
+    resume_keepalive(sock, snapshot)
+
+
+def resume_keepalive(sock: socket.socket, snapshot: Snapshot) -> None:
+    """A place-holder's was switched off (`guest_agent/hand_out.py`)."""
     if snapshot.options.keepalive:
         _setsockopt(sock, _SOL, socket.SO_KEEPALIVE, 1)
 
@@ -89,8 +109,7 @@ def arrive(sock: socket.socket, snapshot: Snapshot) -> None:
     if snapshot.timestamps:
         _setsockopt(sock, _TCP, kernel.TCP_TIMESTAMP, struct.pack("=I", next_timestamp(snapshot)))
     _set_window(sock, snapshot)
-    if snapshot.options.keepalive:
-        _setsockopt(sock, _SOL, socket.SO_KEEPALIVE, 1)
+    resume_keepalive(sock, snapshot)
 
 
 def _wake_readers(sock: socket.socket) -> None:

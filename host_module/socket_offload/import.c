@@ -155,8 +155,17 @@ static void set_sequences(struct sock *sk, const struct skoff_snapshot *s)
 	tp->rcv_wup = s->copied_seq;
 }
 
+/* The route is looked up with it. */
+static void set_mark(struct sock *sk, u32 mark)
+{
+	if (sk->sk_mark == mark)
+		return;
+	WRITE_ONCE(sk->sk_mark, mark);
+	sk_dst_reset(sk);
+}
+
 /* A closed socket that connects as what the snapshot says; nothing is sent (tcp_connect()). */
-static int close_for_import(struct socket *sock, const struct skoff_snapshot *s)
+static void close_for_import(struct socket *sock, const struct skoff_snapshot *s)
 {
 	struct sock *sk = sock->sk;
 	struct tcp_sock *tp = tcp_sk(sk);
@@ -171,11 +180,7 @@ static int close_for_import(struct socket *sock, const struct skoff_snapshot *s)
 	sk->sk_reuse = SK_FORCE_REUSE;
 	set_sequences(sk, s);
 	tp->rx_opt.user_mss = max_t(u32, s->mss_clamp, TCP_MIN_MSS);
-	if (sk->sk_mark != s->mark) {
-		WRITE_ONCE(sk->sk_mark, s->mark);
-		sk_dst_reset(sk);
-	}
-	return 0;
+	set_mark(sk, s->mark);
 }
 
 static int bind_and_connect(struct socket *sock, const struct skoff_snapshot *s,
@@ -304,6 +309,7 @@ static int fill(struct sock *sk, const struct blob *blob, u32 *reason)
 	int err;
 
 	set_sequences(sk, s);
+	set_mark(sk, s->mark);
 	skoff_unblock(sk);
 	err = set_negotiated(sk, s);
 	if (err) {
@@ -353,9 +359,9 @@ static int rebuild(struct socket *sock, const struct skoff_import *call, const s
 	if (err)
 		return err;
 	lock_sock(sk);
-	err = close_for_import(sock, s);
+	close_for_import(sock, s);
 	release_sock(sk);
-	return err ?: bind_and_connect(sock, s, local, port);
+	return bind_and_connect(sock, s, local, port);
 }
 
 /* Why the socket cannot take a connection; 0 if it can. */

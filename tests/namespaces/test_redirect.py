@@ -23,7 +23,7 @@ from guest_agent.handoff.freeze import freeze, thaw
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.restore import restore_fresh, restore_in_place, send_unsent
 from guest_agent.handoff.segment import ones_sum, packed
-from guest_agent.handoff.snapshot import Endpoint
+from guest_agent.handoff.snapshot import Endpoint, before_fin
 from hypervisor_svc.bridge import BridgedRedirect
 from hypervisor_svc.inject import Injector, fin_segment
 from hypervisor_svc.redirect import SOCKET_MARK, Flow, NatRedirect, Redirect
@@ -358,7 +358,7 @@ def test_a_fin_comes_again(trip: Trip) -> None:
     trip.client.shutdown(socket.SHUT_WR)
     assert host.recv(1) == b""
     freeze(host, trip.keep)
-    snapshot = replace(extract(host, before_fin=True), local=trip.flow.server)
+    snapshot = replace(before_fin(extract(host)), local=trip.flow.server)
     assert trip.endpoint is not None
     trip.redirect.unredirect(trip.flow, trip.endpoint)
     restore_in_place(trip.guest, snapshot)

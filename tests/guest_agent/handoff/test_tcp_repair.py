@@ -20,7 +20,7 @@ from guest_agent.handoff.extract import check_movable, extract
 from guest_agent.handoff.freeze import freeze, thaw
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.restore import arrive, arrives_at, restore_fresh, restore_in_place, send_unsent
-from guest_agent.handoff.snapshot import Snapshot, after
+from guest_agent.handoff.snapshot import Snapshot, after, before_fin
 
 pytestmark = pytest.mark.root
 
@@ -263,7 +263,7 @@ def test_the_fin_of_a_peer_can_be_left_out(pair: tuple[socket.socket, socket.soc
     client.shutdown(socket.SHUT_WR)
     time.sleep(0.02)
     freeze(server, keep)
-    snapshot: Snapshot = extract(server, before_fin=True)
+    snapshot: Snapshot = before_fin(extract(server))
     assert snapshot.receive_queue == b"last words"
     restore_in_place(server, snapshot)
     thaw(server)
