@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from dataclasses import replace
 from typing import Protocol
 
 from guest_agent.handoff import extract, freeze, hold, kernel, restore
@@ -105,6 +106,12 @@ class SocketOffload:
 
     def take(self, sock: socket.socket, keep: Hold | None, *, own: bool = False, known: Snapshot | None = None) -> Snapshot:
         """SKOFF_FREEZE_EXPORT."""
+        snapshot = self._export(sock, keep, own=own)
+        if known is None:
+            return snapshot
+        return replace(snapshot, local=known.local, peer=known.peer, v4_mapped=known.v4_mapped, options=known.options)
+
+    def _export(self, sock: socket.socket, keep: Hold | None, *, own: bool) -> Snapshot:
         if keep is not None:
             return self._device.freeze_export(sock, keep.program_fd, own=own)
         if not own and kernel.has_filter(sock.fileno()):

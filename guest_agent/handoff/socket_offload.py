@@ -234,7 +234,7 @@ def unpack(blob: memoryview) -> Snapshot:
     sequence, received, segments, *lengths, mss, mss_cache, wl1, snd, most, rcv, wup, stamp, recent, age = numbers[:16]
     size = 16 if family == socket.AF_INET6 else 4
     queues, early = _unpack_queues(blob, _SNAPSHOT.size + _WARM.size, segments, lengths)
-    warm = Warm(mss_cache, recent, age, bool(flags & ECN), *_WARM.unpack_from(blob, _SNAPSHOT.size)) if flags & WARM else None
+    warm = Warm(mss_cache, recent, age, int(flags & ECN > 0), *_WARM.unpack_from(blob, _SNAPSHOT.size)) if flags & WARM else None
     return Snapshot(
         local=Endpoint(_text(local[:size]), local_port),
         peer=Endpoint(_text(peer[:size]), peer_port),

@@ -132,12 +132,19 @@ class Deployment:
         return report
 
 
+def backends() -> tuple[str, str]:
+    """Guest's and host's, from STREAMLIFT_BACKENDS ("GUEST/HOST"); by default each chooses for itself."""
+    guest, _, host = os.environ.get("STREAMLIFT_BACKENDS", "auto/auto").partition("/")
+    return guest, host
+
+
 def _config(network: Network, folder: Path, share: Path, extra: str, mode: str, channel: str) -> str:
     addresses = json.dumps(list(network.guest_address.values()))
     bridge = f'bridge = "{network.bridge}"' if network.bridge else ""
     return f"""
 [service]
 runtime_dir = "{folder}"
+backend = "{backends()[1]}"
 [redirect]
 mode = "{mode}"
 [libvirt]
@@ -169,7 +176,7 @@ def deployed(
     python, socket_path = sys.executable, str(folder / "agent.sock")
     service = Process(network.host, [python, "-m", "hypervisor_svc", "--config", str(config), "serve"], folder / "service.log")
     agent_argv = [python, "-m", "guest_agent", "--port", f"unix:{folder}/port.sock", "--socket", socket_path]
-    agent = Process(network.guest, [*agent_argv, "--share", str(share), "--allow", "*"], folder / "agent.log")
+    agent = Process(network.guest, [*agent_argv, "--share", str(share), "--allow", "*", "--backend", backends()[0]], folder / "agent.log")
     server_argv = [python, "-m", "guest_agent.examples.media_server", "--root", str(share), "--port", "80"]
     server_argv += [] if offload else ["--no-offload"]
     server = Process(network.guest, server_argv, folder / "server.log", {"STREAMLIFT_AGENT": socket_path})

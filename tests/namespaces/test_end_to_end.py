@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,8 +21,9 @@ pytestmark = pytest.mark.root
 
 SIZES = (0, 1, 4096, 65_535, 65_536, 100_000, 288_600, 1_400_000, 10_500_000, 64_000_000)
 TOPOLOGIES = {"routed": routed, "bridged": bridged}
-REQUESTS, CONNECTIONS = 20_000, 50
-HANDOFFS = 20_000
+REQUESTS = int(os.environ.get("STREAMLIFT_REQUESTS", 20_000))  # fewer where the processor is emulated
+HANDOFFS = REQUESTS
+CONNECTIONS = 50
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +192,8 @@ def test_client_that_closes_its_side(share: Path, tmp_path: Path) -> None:
         with capture.captured(network.client, file):
             answers = network.client.run(sys.executable, "-c", HALF_CLOSING, str(count))
         assert answers.splitlines() == ["2 2800000"] * count
+        first_only = deployment.status()["backend"]["name"] == "tcp_repair"
         counters = deployment.counters()
-        assert counters["offloaded"] >= count * 0.9 and counters["local"].get("half_closed", 0) >= count * 0.9, counters
+        assert counters["offloaded"] >= count * (0.9 if first_only else 1.9), counters
+        assert (counters["local"].get("half_closed", 0) >= count * 0.9) is first_only, counters
         assert capture.judge(capture.read(file), {("10.77.1.2", 80)}) == []

@@ -43,8 +43,8 @@ for place in tmp run dev/shm; do $b mkdir -p "/root/$place"; $b mount -t tmpfs n
 $b mkdir -p /root/run/netns
 $b mkdir -p /root/dev/pts
 $b mount -t devpts none /root/dev/pts
-$b chroot /root /bin/sh -c 'ip link set lo up; cd /outside; sh command > output 2>&1 < /dev/null; echo $? > status; sync'
-$b poweroff -f
+exec $b switch_root /root /bin/sh -c 'ip link set lo up; cd /outside
+    sh command > output 2>&1 < /dev/null; echo $? > status; sync; busybox poweroff -f'
 """
 
 
@@ -96,7 +96,7 @@ class OtherKernel:
 def _script(command: Sequence[str]) -> str:
     names = ("PATH", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "STREAMLIFT_CACHE")
     exports = [f"export {name}={shlex.quote(os.environ[name])}" for name in names if name in os.environ]
-    return "\n".join([*exports, f"cd {shlex.quote(str(ROOT))}", "exec " + shlex.join(command)]) + "\n"
+    return "\n".join(["modprobe tun", *exports, f"cd {shlex.quote(str(ROOT))}", "exec " + shlex.join(command)]) + "\n"
 
 
 def _into(work: Path, module: Path) -> str:
