@@ -156,6 +156,23 @@ static void import_receiver(struct sock *sk, const struct skoff_warm *warm)
 	tp->rcv_rtt_est.rtt_us = warm->rcv_rtt_us;
 }
 
+/* Room for the whole window at once, as tcp_sndbuf_expand() would have made it by now. */
+static void expand_send_buffer(struct sock *sk)
+{
+	const struct tcp_sock *tp = tcp_sk(sk);
+	u32 per_mss = max_t(u32, tp->rx_opt.mss_clamp, tp->mss_cache) + MAX_TCP_HEADER +
+		      SKB_DATA_ALIGN(sizeof(struct skb_shared_info));
+	u64 wanted;
+
+	if (sk->sk_userlocks & SOCK_SNDBUF_LOCK)
+		return;
+	per_mss = roundup_pow_of_two(per_mss) + SKB_DATA_ALIGN(sizeof(struct sk_buff));
+	wanted = 2ULL * per_mss * max_t(u32, tcp_snd_cwnd(tp), TCP_INIT_CWND);
+	wanted = min_t(u64, wanted, READ_ONCE(sock_net(sk)->ipv4.sysctl_tcp_wmem[2]));
+	if (sk->sk_sndbuf < wanted)
+		WRITE_ONCE(sk->sk_sndbuf, wanted);
+}
+
 /* Both clocks of the machine that it comes from become ours. */
 static void shift_cubic(struct cubic *cubic, u32 jiffies_by, u32 us_by)
 {
@@ -204,6 +221,7 @@ void skoff_import_warm(struct sock *sk, const struct skoff_snapshot *snapshot)
 
 	import_rtt(sk, warm);
 	import_window(sk, warm);
+	expand_send_buffer(sk);
 	import_rate(sk, warm);
 	import_receiver(sk, warm);
 	import_private(sk, snapshot);

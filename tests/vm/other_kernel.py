@@ -50,10 +50,14 @@ exec $b switch_root /root /bin/sh -c 'ip link set lo up; cd /outside
 
 @dataclass(frozen=True)
 class OtherKernel:
-    """A kernel of Debian's, by series ("6.1", "6.12"). `modules` of ours (`host_module/`) are loaded before the command."""
+    """A kernel of Debian's, by series ("6.1", "6.12"). `modules` of ours (`host_module/`) are loaded before the command.
+
+    `counted`: one emulated processor whose instructions are the clock, a nanosecond each, and waiting costs nothing (QEMU's
+    -icount): how slow the emulator is does not show, and a measurement repeats within a few percent."""
 
     series: str
     modules: tuple[str, ...] = ()
+    counted: bool = False
 
     def run(self, command: Sequence[str], *, timeout: float, output: Path | None = None) -> int:
         """Run the command in this checkout; its exit status. Raises RuntimeError if the kernel did not live to its end,
@@ -77,8 +81,8 @@ class OtherKernel:
 
     def _boot(self, kernel: Kernel, work: Path, timeout: float) -> None:
         shares = {"root": "/", "kernel": str(kernel.modules / "lib" / "modules"), "work": str(work)}
-        argv = [QEMU, "-accel", "tcg,thread=multi" if choose() == "tcg" else "kvm", "-cpu", "max", "-machine", "pc"]
-        argv += ["-smp", str(CPUS), "-m", str(MEMORY_MIB), "-nodefaults", "-display", "none", "-no-reboot"]
+        argv = [QEMU, *self._processors(), "-cpu", "max", "-machine", "pc", "-m", str(MEMORY_MIB)]
+        argv += ["-nodefaults", "-display", "none", "-no-reboot"]
         argv += ["-serial", f"file:{work}/console", "-kernel", str(kernel.image), "-initrd", str(work / "initrd")]
         argv += ["-append", "console=ttyS0 panic=-1 oops=panic random.trust_cpu=on"]
         for tag, path in shares.items():
@@ -91,6 +95,11 @@ class OtherKernel:
             raise TimeoutError(f"not done within {timeout:g} s:\n{_tail(work / 'output')}\n{_tail(work / 'console')}") from None
         if done.returncode:
             raise RuntimeError(done.stderr.decode(errors="replace"))
+
+    def _processors(self) -> list[str]:
+        if self.counted:
+            return ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]
+        return ["-accel", "tcg,thread=multi" if choose() == "tcg" else "kvm", "-smp", str(CPUS)]
 
 
 def _script(command: Sequence[str]) -> str:

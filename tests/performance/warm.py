@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What it costs a distant client that its connection goes out and comes home with every segment: not at all offloaded, with
+the `socket_offload` module, and with `tcp_repair`, in turn, in one VM.
+
+    ./run bench warm [--json FILE] [--plot FILE] [--quick]
+
+30 segments of 1.4 MB on one keep-alive connection, 50 ms of round trip (netem), 100 Mbit/s, without loss and with 0.5 %."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from tests.client import make_content
+from tests.namespaces.deployment import Deployment, deployed
+from tests.namespaces.topology import Network, routed
+from tests.performance import bench
+from tests.performance.bench import Bar, Report
+
+SIZE = 1_400_000
+SIDES = {"not offloaded": "", "socket_offload": "socket_offload/socket_offload", "tcp_repair": "tcp_repair/tcp_repair"}
+LOSSES = (0.0, 0.5)
+"""Percent."""
+LIMIT = 1.03
+ROUND_TRIP_MS, RATE = 50, "100mbit"
+KERNEL = "6.12"
+CAVEAT = (
+    "Three network namespaces in one VM, whose processors are emulated where there is no KVM; delay, rate and loss are netem's."
+    " Loss is random: its medians are of several runs, and still spread."
+)
+_MARK = "RESULT "
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    segments: int
+    repeats: int
+    timeout: float
+
+
+FULL = Plan(segments=30, repeats=5, timeout=1500)
+QUICK = Plan(segments=10, repeats=1, timeout=400)
+
+CLIENT = """
+import json, socket, sys, time
+size, segments = int(sys.argv[1]), int(sys.argv[2])
+sock = socket.create_connection(("10.77.1.2", 80), timeout=60)
+print(sock.getsockname()[1], flush=True)
+times, begin = [], time.monotonic()
+for _ in range(segments):
+    start = time.monotonic()
+    sock.sendall(f"GET /{size}.bin HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n".encode())
+    got = b""
+    while b"\\r\\n\\r\\n" not in got:
+        got += sock.recv(65536)
+    left = size - len(got.split(b"\\r\\n\\r\\n", 1)[1])
+    while left:
+        piece = sock.recv(min(left, 1 << 18))
+        assert piece, "closed"
+        left -= len(piece)
+    times.append(time.monotonic() - start)
+print(json.dumps({"seconds": time.monotonic() - begin, "segments": times}))
+"""
+
+
+# Inside the VM.
+
+
+def shape(network: Network, loss: float) -> None:
+    """Delay and rate towards the client, delay back; segments stay apart, so that each may be lost alone."""
+    half = f"{ROUND_TRIP_MS / 2:g}ms"
+    for where, device in ((network.guest, "eth0"), (network.host, "hg"), (network.host, "hc")):
+        where.run("ip", "link", "set", device, "gso_max_segs", "1")
+    lost = ("loss", f"{loss}%") if loss else ()
+    netem = ("tc", "qdisc", "replace", "dev")
+    network.host.run(*netem, "hc", "root", "netem", "delay", half, "rate", RATE, *lost, "limit", "2000")
+    network.client.run(*netem, "eth0", "root", "netem", "delay", half, "limit", "10000")
+
+
+def run_once(deployment: Deployment, plan: Plan) -> dict[str, Any]:
+    """One connection's life; its times, and its congestion window every 100 ms."""
+    argv = [sys.executable, "-c", CLIENT, str(SIZE), str(plan.segments)]
+    with deployment.network.client.popen(argv, stdout=subprocess.PIPE) as client:
+        assert client.stdout is not None
+        port, begin = int(client.stdout.readline()), time.monotonic()
+        windows: list[tuple[float, int]] = []
+        done = threading.Event()
+        sampler = threading.Thread(target=_sample, args=(deployment.network, port, begin, windows, done))
+        sampler.start()
+        found: dict[str, Any] = json.loads(client.stdout.read())
+        done.set()
+        sampler.join()
+    return {**found, "windows": windows}
+
+
+def _sample(network: Network, port: int, begin: float, windows: list[tuple[float, int]], done: threading.Event) -> None:
+    while not done.wait(0.1):
+        for where in (network.host, network.guest):
+            found = re.search(r" cwnd:(\d+)", where.run("ss", "-tinH", "state", "established", f"( dport = :{port} )"))
+            if found:
+                windows.append((round(time.monotonic() - begin, 2), int(found[1])))
+                break
+
+
+@contextlib.contextmanager
+def deployments(folder: Path) -> Iterator[dict[str, Deployment]]:
+    """One of each side, at once."""
+    share = folder / "share"
+    make_content(str(share), (SIZE,))
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for number, (side, backends) in enumerate(SIDES.items()):
+            (folder / str(number)).mkdir()
+            os.environ["STREAMLIFT_BACKENDS"] = backends or "auto/auto"
+            network = stack.enter_context(routed())
+            found[side] = stack.enter_context(deployed(network, folder / str(number), share, offload=bool(backends)))
+        yield found
+
+
+def inside(plan: Plan) -> None:
+    """Print the rows and what the media servers counted."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, deployments(Path(folder)) as sides:
+        for loss in LOSSES:
+            for deployment in sides.values():
+                shape(deployment.network, loss)
+            for repeat in range(plan.repeats):
+                for side, deployment in sides.items():
+                    rows.append({"side": side, "loss": loss, "repeat": repeat, **run_once(deployment, plan)})
+                    print(side, loss, round(rows[-1]["seconds"], 3), flush=True)
+        counters = {side: deployment.counters() for side, deployment in sides.items()}
+    print(_MARK + json.dumps({"rows": rows, "media_servers": counters}), flush=True)
+
+
+# Judging: pure.
+
+
+def seconds(rows: Sequence[dict[str, Any]], side: str, loss: float) -> list[float]:
+    """Of every run."""
+    return [row["seconds"] for row in rows if (row["side"], row["loss"]) == (side, loss)]
+
+
+def ratio(rows: Sequence[dict[str, Any]], side: str, loss: float) -> float:
+    """Median total time over that of the connection that stayed."""
+    return statistics.median(seconds(rows, side, loss)) / statistics.median(seconds(rows, "not offloaded", loss))
+
+
+def judge(rows: Sequence[dict[str, Any]], counters: dict[str, Any], plan: Plan) -> list[Bar]:
+    """The bars of the issue."""
+    bars = [
+        Bar(f"total time, socket_offload, {loss:g} % loss", ratio(rows, "socket_offload", loss), "of not offloaded", LIMIT, "<=")
+        for loss in LOSSES
+    ]
+    asked = plan.segments * plan.repeats * len(LOSSES)
+    for side in ("socket_offload", "tcp_repair"):
+        bars.append(Bar(f"segments that went out, {side}", counters[side]["offloaded"] / asked, "of all", 1, ">="))
+    return bars
+
+
+def tables(report: Report) -> list[Table]:
+    """Every side, every loss."""
+    table = Table("loss", "side", "total s (spread)", "of not offloaded", title=f"segments of {SIZE:,} bytes, {ROUND_TRIP_MS} ms, {RATE}")
+    for loss in LOSSES:
+        for side in SIDES:
+            median, spread = bench.median_and_spread(seconds(report.rows, side, loss))
+            table.add_row(f"{loss:g} %", side, f"{median:.2f} ({spread:.2f})", f"{ratio(report.rows, side, loss):.3f}")
+    return [table]
+
+
+def plot(report: Report, path: Path) -> None:
+    """The congestion window over time, one run of each side."""
+    with bench.drawing(path, columns=len(LOSSES)) as axes:
+        for axis, loss in zip(axes, LOSSES, strict=True):
+            for side in SIDES:
+                row = next(row for row in report.rows if (row["side"], row["loss"]) == (side, loss))
+                axis.plot([at for at, _ in row["windows"]], [window for _, window in row["windows"]], label=side)
+            axis.set(xlabel="seconds", ylabel="congestion window in segments", title=f"{loss:g} % loss")
+            axis.legend()
+
+
+def main() -> int:
+    """The benchmark."""
+    if sys.argv[1:2] == ["--inside"]:
+        inside(QUICK if "--quick" in sys.argv else FULL)
+        return 0
+    options = bench.arguments("what a handoff costs a distant client")
+    plan = QUICK if options.quick else FULL
+    report = Report("warm", CAVEAT, details={"guest_kernel": KERNEL})
+    found = _measure(options, plan)
+    report.rows, report.details["media_servers"] = found["rows"], found["media_servers"]
+    report.bars = judge(report.rows, found["media_servers"], plan)
+    if options.plot:
+        plot(report, options.plot)
+    return bench.finish(report, options, tables(report))
+
+
+def _measure(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+    from tests.vm.other_kernel import OtherKernel
+
+    command = [sys.executable, "-m", "tests.performance.warm", "--inside", *(["--quick"] if options.quick else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        status = OtherKernel(KERNEL, ("socket_offload",), counted=True).run(command, timeout=plan.timeout, output=output)
+        text = output.read_text()
+    if status:
+        raise RuntimeError(f"the VM's part ended with {status}:\n{text[-3000:]}")
+    found: dict[str, Any] = json.loads(text.split(_MARK, 1)[1].splitlines()[0])
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
