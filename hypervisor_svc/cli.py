@@ -19,6 +19,8 @@ from hypervisor_svc.config import Config, ConfigError, document, load
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 image_app = typer.Typer(no_args_is_help=True, help="Guest images.")
 app.add_typer(image_app, name="image")
+module_app = typer.Typer(no_args_is_help=True, help="The kernel module that keeps connections warm.")
+app.add_typer(module_app, name="module")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 ShareFolder = Annotated[Path, typer.Option("--share", help="Host folder that the VM and the service serve from.")]
@@ -228,6 +230,46 @@ def image_build(
         raise fail(str(error)) from None
     facts = {"root": str(image.root), "kernel": str(image.kernel), "initrd": str(image.initrd), "version": image.version}
     typer.echo(json.dumps(facts) if as_json else "\n".join(f"{key:8}{value}" for key, value in facts.items()))
+
+
+@contextlib.contextmanager
+def _module_errors() -> Iterator[None]:
+    from hypervisor_svc.module import ModuleError
+
+    try:
+        yield
+    except ModuleError as error:
+        raise fail(str(error), error.hint) from None
+
+
+@module_app.command("build")
+def module_build(
+    headers: Annotated[Path | None, typer.Option(help="Kernel headers; default: those of the running kernel.")] = None,
+) -> None:
+    """Build the module for the running kernel and install it."""
+    from hypervisor_svc import module
+
+    with _module_errors():
+        typer.echo(f"built {module.build(headers)}; next: streamlift module load")
+
+
+@module_app.command("load")
+def module_load() -> None:
+    """Load the module; a service that starts after this uses it."""
+    from hypervisor_svc import module
+
+    with _module_errors():
+        module.load()
+        typer.echo(f"loaded: {module.status()['why']}")
+
+
+@module_app.command("status")
+def module_status(as_json: AsJson = False) -> None:
+    """Is the module built and loaded, and which backend would be used, and why?"""
+    from hypervisor_svc import module
+
+    facts = module.status()
+    typer.echo(json.dumps(facts) if as_json else "\n".join(f"{key:9}{value}" for key, value in facts.items()))
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from vm_images.initramfs import write_initramfs
 Progress = Callable[[str], None]
 RECIPE = Path(__file__).parent
 DEFAULT_KERNEL = "6.1"
+GUEST_MODULE = "socket_offload"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def build(kernel: str = DEFAULT_KERNEL, *, progress: Progress = lambda line: Non
     with _locked(cache / "lock"):
         base = _base(cache, progress=progress)
         unpacked = _kernel(cache, series=kernel, progress=progress)
-        return _image(cache, base=base, kernel=unpacked, progress=progress)
+        module = _module(cache, GUEST_MODULE, kernel=unpacked, progress=progress)
+        return _image(cache, base=base, kernel=unpacked, module=module, progress=progress)
 
 
 def kernel(series: str = DEFAULT_KERNEL, *, progress: Progress = lambda line: None) -> kernels.Kernel:
@@ -67,19 +69,23 @@ def kernel(series: str = DEFAULT_KERNEL, *, progress: Progress = lambda line: No
 def module(name: str, series: str = DEFAULT_KERNEL, *, progress: Progress = lambda line: None) -> Path:
     """NAME.ko of `host_module/NAME`, built for the kernel of this series."""
     found = kernel(series, progress=progress)
-    source = RECIPE.parent / "host_module" / name
     cache = cache_directory()
     with _locked(cache / "lock"):
-        headers = cache / f"headers-{found.release}-{_key(_text(RECIPE / 'module.py'))}"
-        with _layer(headers) as (directory, missing):
-            if missing:
-                progress(f"fetching the headers of Linux {found.release}")
-                modules.unpack_headers(found.release, directory=directory)
-        built = cache / f"module-{name}-{_key(headers.name, *map(_text, modules.sources(source)))}"
-        with _layer(built) as (directory, missing):
-            if missing:
-                progress(f"building {name}.ko for Linux {found.release}")
-                modules.build_module(source, headers=headers, release=found.release, directory=directory)
+        return _module(cache, name, kernel=found, progress=progress)
+
+
+def _module(cache: Path, name: str, *, kernel: kernels.Kernel, progress: Progress) -> Path:
+    source = RECIPE.parent / "host_module" / name
+    headers = cache / f"headers-{kernel.release}-{_key(_text(RECIPE / 'module.py'))}"
+    with _layer(headers) as (directory, missing):
+        if missing:
+            progress(f"fetching the headers of Linux {kernel.release}")
+            modules.unpack_headers(kernel.release, directory=directory)
+    built = cache / f"module-{name}-{_key(headers.name, *map(_text, modules.sources(source)))}"
+    with _layer(built) as (directory, missing):
+        if missing:
+            progress(f"building {name}.ko for Linux {kernel.release}")
+            modules.build_module(source, headers=headers, release=kernel.release, directory=directory)
     return built / f"{name}.ko"
 
 
@@ -119,21 +125,22 @@ def _fetch_kernel(cache: Path, *, series: str, progress: Progress) -> kernels.Ke
     return kernels.open_kernel(path)
 
 
-def _image(cache: Path, *, base: Path, kernel: kernels.Kernel, progress: Progress) -> Image:
-    inputs = [base.parent.name, kernel.modules.parent.name, *(_text(path) for path in _recipe_files())]
+def _image(cache: Path, *, base: Path, kernel: kernels.Kernel, module: Path, progress: Progress) -> Image:
+    inputs = [base.parent.name, kernel.modules.parent.name, module.parent.name, *(_text(path) for path in _recipe_files())]
     path = cache / _key(*inputs)
     with _layer(path) as (directory, missing):
         if missing:
             progress(f"building the guest image with Linux {kernel.release}")
-            _fill(directory, base=base, kernel=kernel)
+            _fill(directory, base=base, kernel=kernel, module=module)
     version = json.loads(_text(path / "image.json"))["version"]
     return Image(root=path / "root.ext4", kernel=path / "vmlinuz", initrd=path / "initrd.img", version=version)
 
 
-def _fill(directory: Path, *, base: Path, kernel: kernels.Kernel) -> None:
+def _fill(directory: Path, *, base: Path, kernel: kernels.Kernel, module: Path) -> None:
     tree = directory / "tree"
     root.unpack_base(base, root=tree)
     root.install_modules(tree, modules=kernel.modules)
+    root.install_module(tree, module=module, release=kernel.release)
     root.install_agent(tree)
     root.configure(tree)
     root.make_image(tree, image=directory / "root.ext4")

@@ -92,6 +92,14 @@ def install_modules(root: Path, *, modules: Path) -> None:
     shutil.copytree(modules / "lib" / "modules", root / "usr" / "lib" / "modules", dirs_exist_ok=True)
 
 
+def install_module(root: Path, *, module: Path, release: str) -> None:
+    """Put a module of ours beside the kernel's own; the agent's unit loads it."""
+    folder = root / "usr" / "lib" / "modules" / release / "updates"
+    folder.mkdir()
+    shutil.copyfile(module, folder / module.name)
+    run(["/sbin/depmod", "-b", root / "usr", release])
+
+
 def install_agent(root: Path) -> None:
     """Put the agent, the example server and their units into the root file system."""
     packages = root / "usr" / "lib" / "python3" / "dist-packages"

@@ -159,15 +159,16 @@ def choose(wanted: str = "auto") -> Backend:
     try:
         return SocketOffload()
     except OSError as error:
-        why = _why(error)
+        why = explain(error)
     if wanted == "socket_offload":
         raise HostError(Reason.RESTORE_FAILED, f"the backend socket_offload was asked for, but {why}")
     return TcpRepair(why)
 
 
-def _why(error: OSError) -> str:
+def explain(error: OSError) -> str:
+    """Why the module cannot be used, and what to do."""
     if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
-        return f"the module socket_offload is not loaded (no {DEVICE}): 'streamlift module build' and 'load'"
+        return f"the module socket_offload is not loaded (no {DEVICE}); 'streamlift module build', then 'streamlift module load'"
     if error.errno == errno.EPROTO:
         return "the loaded module socket_offload is of another version: build and load the one that came with this program"
     return f"{DEVICE}: {error.strerror}"

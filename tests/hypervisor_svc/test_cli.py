@@ -18,7 +18,7 @@ from hypervisor_svc import __version__
 from hypervisor_svc.cli import app
 from hypervisor_svc.control import ControlError, ControlServer, call
 
-COMMANDS = ("serve", "deploy", "undeploy", "attach", "status", "connections", "hand-back", "image", "config")
+COMMANDS = ("serve", "deploy", "undeploy", "attach", "status", "connections", "hand-back", "image", "module", "config")
 
 
 def invoke(*arguments: str) -> Any:
@@ -71,6 +71,15 @@ def test_a_value_that_is_not_allowed_is_a_usage_error(tmp_path: Path) -> None:
     result = invoke("deploy", "vm1", "--share", str(tmp_path), "--mode", "flying")
     assert result.exit_code == 2
     assert "'flying' is none of routed, bridged" in result.output
+
+
+def test_the_module_is_explained_where_there_is_none(tmp_path: Path) -> None:
+    facts = json.loads(invoke("module", "status", "--json").output)
+    if not facts["loaded"]:
+        assert facts["backend"] == "tcp_repair" and "streamlift module build" in facts["why"]
+    result = invoke("module", "build", "--headers", str(tmp_path))
+    assert result.exit_code == 1
+    assert "apt-get install linux-headers-" in result.output
 
 
 @contextmanager

@@ -176,7 +176,8 @@ def deployed(
     python, socket_path = sys.executable, str(folder / "agent.sock")
     service = Process(network.host, [python, "-m", "hypervisor_svc", "--config", str(config), "serve"], folder / "service.log")
     agent_argv = [python, "-m", "guest_agent", "--port", f"unix:{folder}/port.sock", "--socket", socket_path]
-    agent = Process(network.guest, [*agent_argv, "--share", str(share), "--allow", "*", "--backend", backends()[0]], folder / "agent.log")
+    agent_argv += ["--share", str(share), "--allow", "*", "--backend", backends()[0]]
+    agent = Process(network.guest, agent_argv, folder / "agent.log")
     server_argv = [python, "-m", "guest_agent.examples.media_server", "--root", str(share), "--port", "80"]
     server_argv += [] if offload else ["--no-offload"]
     server = Process(network.guest, server_argv, folder / "server.log", {"STREAMLIFT_AGENT": socket_path})

@@ -176,7 +176,8 @@ def judge(rows: Sequence[dict[str, Any]], counters: dict[str, Any], plan: Plan) 
 
 def tables(report: Report) -> list[Table]:
     """Every side, every loss."""
-    table = Table("loss", "side", "total s (spread)", "of not offloaded", title=f"segments of {SIZE:,} bytes, {ROUND_TRIP_MS} ms, {RATE}")
+    title = f"segments of {SIZE:,} bytes, {ROUND_TRIP_MS} ms, {RATE}"
+    table = Table("loss", "side", "total s (spread)", "of not offloaded", title=title)
     for loss in LOSSES:
         for side in SIDES:
             median, spread = bench.median_and_spread(seconds(report.rows, side, loss))
