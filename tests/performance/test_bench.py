@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.performance import bench, files, handoff
+from tests.performance import bench, files, handoff, moves, warm
 from tests.performance.bench import Bar, Report
 from tests.vm.setups import NAMES
 
@@ -111,6 +111,28 @@ def test_files_verdict(tmp_path: Path) -> None:
     bars = files.judge(_sweep(vm=[2, 2], offload=[4, 4]), {"offloaded": 1, "local": {"host_away": 1}, "failed": 0})
     assert [(bar.value, bar.holds) for bar in bars] == [(0.5, False), (0.5, False)]
     files.plot(rows, files.crossover(rows), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("seconds", "holds"), [(1.02, True), (1.04, False)])
+def test_warm_verdict(seconds: float, holds: bool, tmp_path: Path) -> None:
+    times = {"not offloaded": 1.0, "socket_offload": seconds, "tcp_repair": 2.0}
+    rows = [
+        {"side": side, "loss": loss, "seconds": times[side], "windows": [(0.1, 10), (0.2, 20)]}
+        for side in warm.SIDES
+        for loss in warm.LOSSES
+    ]
+    counters = {side: {"offloaded": 20} for side in warm.SIDES}
+    bars = warm.judge(rows, counters, warm.QUICK)
+    assert [bar.holds for bar in bars] == [holds, holds, True, True]
+    warm.plot(Report("warm", "none", rows=rows), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_moves_verdict(tmp_path: Path) -> None:
+    rows = [dict.fromkeys(moves.STEPS, cost) | {"backend": name} for name, cost in zip(moves.BACKENDS, (1000, 400), strict=True)]
+    assert [(bar.value, bar.holds) for bar in moves.judge(rows)] == [(0.4, True)] * 3
+    moves.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
