@@ -74,18 +74,24 @@ def module(name: str, series: str = DEFAULT_KERNEL, *, progress: Progress = lamb
         return _module(cache, name, kernel=found, progress=progress)
 
 
+def headers(found: kernels.Kernel, *, progress: Progress = lambda line: None) -> Path:
+    """The unpacked headers of a kernel."""
+    path = cache_directory() / f"headers-{found.release}-{key(_text(RECIPE / 'module.py'))}"
+    with layer(path) as (directory, missing):
+        if missing:
+            progress(f"fetching the headers of Linux {found.release}")
+            modules.unpack_headers(found.release, directory=directory)
+    return path
+
+
 def _module(cache: Path, name: str, *, kernel: kernels.Kernel, progress: Progress) -> Path:
     source = RECIPE.parent / "host_module" / name
-    headers = cache / f"headers-{kernel.release}-{_key(_text(RECIPE / 'module.py'))}"
-    with _layer(headers) as (directory, missing):
-        if missing:
-            progress(f"fetching the headers of Linux {kernel.release}")
-            modules.unpack_headers(kernel.release, directory=directory)
-    built = cache / f"module-{name}-{_key(headers.name, *map(_text, modules.sources(source)))}"
-    with _layer(built) as (directory, missing):
+    tree = headers(kernel, progress=progress)
+    built = cache / f"module-{name}-{key(tree.name, *map(_text, modules.sources(source)))}"
+    with layer(built) as (directory, missing):
         if missing:
             progress(f"building {name}.ko for Linux {kernel.release}")
-            modules.build_module(source, headers=headers, release=kernel.release, directory=directory)
+            modules.build_module(source, headers=tree, release=kernel.release, directory=directory)
     return built / f"{name}.ko"
 
 
@@ -96,12 +102,12 @@ def busybox(found: kernels.Kernel) -> Path:
 
 def _base(cache: Path, *, progress: Progress) -> Path:
     sources = packages.debian_sources()
-    key = _key(*sources, *root.BASE_RECIPE)
-    with _layer(cache / f"base-{key}") as (directory, missing):
+    name = key(*sources, *root.BASE_RECIPE)
+    with layer(cache / f"base-{name}") as (directory, missing):
         if missing:
             progress("building the bare Debian with mmdebstrap (about 20 s)")
             root.make_base(directory / "root.tar", sources=sources)
-    return cache / f"base-{key}" / "root.tar"
+    return cache / f"base-{name}" / "root.tar"
 
 
 def _kernel(cache: Path, *, series: str, progress: Progress) -> kernels.Kernel:
@@ -116,8 +122,8 @@ def _kernel(cache: Path, *, series: str, progress: Progress) -> kernels.Kernel:
 
 def _fetch_kernel(cache: Path, *, series: str, progress: Progress) -> kernels.Kernel:
     package, version = packages.newest_kernel(series)
-    path = cache / f"kernel-{package}_{version}-{_key(_text(RECIPE / 'kernel.py'))}"
-    with _layer(path) as (directory, missing):
+    path = cache / f"kernel-{package}_{version}-{key(_text(RECIPE / 'kernel.py'))}"
+    with layer(path) as (directory, missing):
         if missing:
             progress(f"fetching {package} {version}")
             kernels.unpack_kernel(package, version=version, directory=directory)
@@ -127,8 +133,8 @@ def _fetch_kernel(cache: Path, *, series: str, progress: Progress) -> kernels.Ke
 
 def _image(cache: Path, *, base: Path, kernel: kernels.Kernel, module: Path, progress: Progress) -> Image:
     inputs = [base.parent.name, kernel.modules.parent.name, module.parent.name, *(_text(path) for path in _recipe_files())]
-    path = cache / _key(*inputs)
-    with _layer(path) as (directory, missing):
+    path = cache / key(*inputs)
+    with layer(path) as (directory, missing):
         if missing:
             progress(f"building the guest image with Linux {kernel.release}")
             _fill(directory, base=base, kernel=kernel, module=module)
@@ -160,7 +166,8 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _key(*inputs: str) -> str:
+def key(*inputs: str) -> str:
+    """A name for what was made of these."""
     digest = hashlib.sha256()
     for text in inputs:
         digest.update(hashlib.sha256(text.encode()).digest())
@@ -176,7 +183,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _layer(path: Path) -> Iterator[tuple[Path, bool]]:
+def layer(path: Path) -> Iterator[tuple[Path, bool]]:
     """(directory, is it to be filled?): filled aside and renamed at the end, so a layer is whole or absent."""
     if path.exists():
         yield path, False

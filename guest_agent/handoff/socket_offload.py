@@ -81,6 +81,10 @@ class Device:
             raise OSError(errno.EPROTO, "the module's structures have other sizes than ours")
         return found
 
+    def fileno(self) -> int:
+        """The device's descriptor."""
+        return self._fd
+
     def close(self) -> None:
         """Close the device; frozen sockets stay as they are."""
         os.close(self._fd)
@@ -110,7 +114,13 @@ class Device:
         self, sock: socket.socket, snapshot: Snapshot, filter_fd: int = -1, *, bind: Endpoint | None = None, options: bool = False
     ) -> None:
         """The closed or frozen socket becomes what the snapshot says, frozen. Raises NotMovable, OSError."""
-        blob = bytearray(pack(snapshot))
+        self.import_blob(sock, pack(snapshot), filter_fd, bind=bind, options=options)
+
+    def import_blob(
+        self, sock: socket.socket, packed: bytes, filter_fd: int = -1, *, bind: Endpoint | None = None, options: bool = False
+    ) -> None:
+        """The same with a blob as `pack` makes it."""
+        blob = bytearray(packed)
         flags = (BIND if bind else 0) | (OPTIONS if options else 0)
         local, port = (_packed(bind.address), bind.port) if bind else (b"", 0)
         values = (_IMPORT.size, sock.fileno(), filter_fd, flags, _address_of(blob), len(blob), 0, local, port)

@@ -6,6 +6,8 @@
 #include <linux/version.h>
 #include <net/tcp.h>
 
+#define SKOFF_KERNEL	LINUX_VERSION_CODE
+
 /* 6.7 has microsecond timestamps, per socket. */
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 7, 0)
 static inline bool skoff_usec_ts(const struct tcp_sock *tp)

@@ -106,7 +106,7 @@ static int make_address(union address *address, int family, const struct skoff_s
 		.sin6_family = AF_INET6, .sin6_port = htons(port),
 	};
 	if (s->family == AF_INET) {
-		address->in6.sin6_addr.s6_addr16[5] = 0xffff;
+		address->in6.sin6_addr.s6_addr16[5] = htons(0xffff);
 		memcpy(&address->in6.sin6_addr.s6_addr32[3], bytes, 4);
 	} else {
 		memcpy(&address->in6.sin6_addr, bytes, 16);

@@ -5,7 +5,7 @@
 #include <linux/module.h>
 #include <linux/net.h>
 #include <linux/uaccess.h>
-#include <linux/version.h>
+#include "compat.h"
 #include "socket_offload.h"
 
 /* private_data of a file whose handshake is done. */
@@ -38,7 +38,7 @@ static long handshake(struct file *file, void __user *user)
 	call.version = SKOFF_VERSION;
 	call.snapshot_size = sizeof(struct skoff_snapshot);
 	call.segment_size = sizeof(struct skoff_segment);
-	call.kernel = LINUX_VERSION_CODE;
+	call.kernel = SKOFF_KERNEL;
 	call.features = 0;
 	if (!err)
 		WRITE_ONCE(file->private_data, (void *)&greeted);

@@ -22,7 +22,6 @@ from vm_images.kernel import Kernel, early_modules
 
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY_MIB, CPUS = 4096, 2
-OVERLAY = ("overlay",)
 
 INIT = """#!/bin/busybox sh
 b=/bin/busybox
@@ -62,22 +61,34 @@ class OtherKernel:
     def run(self, command: Sequence[str], *, timeout: float, output: Path | None = None) -> int:
         """Run the command in this checkout; its exit status. Raises RuntimeError if the kernel did not live to its end,
         TimeoutError if it took too long."""
-        kernel = build.kernel(self.series)
-        with tempfile.TemporaryDirectory(prefix="streamlift-kernel-") as name:
-            work = Path(name)
-            loads = [f"insmod {_into(work, build.module(module, self.series))}" for module in self.modules]
+        kernel = self.kernel()
+        with tempfile.TemporaryDirectory(prefix="streamlift-kernel-") as folder:
+            work = Path(folder)
+            loads = [f"insmod {_into(work, self.module(name))}" for name in self.modules]
             (work / "command").write_text("\n".join(["set -e", *loads, _script(command)]), encoding="utf-8")
             (work / "output").touch()
             if output is not None:
                 output.unlink(missing_ok=True)
                 os.link(work / "output", output)
-            write_initramfs(work / "initrd", busybox=build.busybox(kernel), modules=early_modules(kernel, also=OVERLAY), init=INIT)
+            write_initramfs(work / "initrd", busybox=build.busybox(kernel), modules=self.early(kernel), init=INIT)
             self._boot(kernel, work, timeout)
             if not (work / "status").exists():
                 raise RuntimeError(f"Linux {kernel.release} ended early:\n{_tail(work / 'console')}\n{_tail(work / 'output')}")
             if output is not None and _oops(work / "console"):
                 output.open("a").write(_tail(work / "console", 20_000))
             return 99 if _oops(work / "console") else int((work / "status").read_text())
+
+    def kernel(self) -> Kernel:
+        """Which one."""
+        return build.kernel(self.series)
+
+    def module(self, name: str) -> Path:
+        """NAME.ko, built for it."""
+        return build.module(name, self.series)
+
+    def early(self, kernel: Kernel) -> list[Path]:
+        """What it needs to mount its root."""
+        return early_modules(kernel, also=("overlay",))
 
     def _boot(self, kernel: Kernel, work: Path, timeout: float) -> None:
         shares = {"root": "/", "kernel": str(kernel.modules / "lib" / "modules"), "work": str(work)}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.other_kernel import OtherKernel
+from tests.vm.other_kernel import ROOT, OtherKernel
+from vm_images import build, module
 
 pytestmark = pytest.mark.root
 
@@ -33,6 +34,14 @@ def run_inside(series: str, output: Path, script: str) -> str:
     print(text)
     assert status == 0
     return text
+
+
+@pytest.mark.parametrize("series", SERIES)
+def test_sparse(series: str, tmp_path: Path) -> None:
+    """Address spaces, byte orders and locks, as sparse(1) sees them; the build itself takes a warning (W=1) for an error."""
+    kernel = build.kernel(series)
+    source = ROOT / "host_module" / "socket_offload"
+    assert module.sparse(source, headers=build.headers(kernel), release=kernel.release, directory=tmp_path) == []
 
 
 @pytest.mark.parametrize("series", SERIES)

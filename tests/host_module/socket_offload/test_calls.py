@@ -24,7 +24,8 @@ import pytest
 
 from guest_agent.handoff import freeze, hold, kernel, socket_offload
 from guest_agent.handoff.errors import NotMovable, Reason
-from guest_agent.handoff.socket_offload import DEVICE, Device, pack
+from guest_agent.handoff.socket_offload import DEVICE, Device
+from tests.host_module.socket_offload import fuzz
 from tests.host_module.socket_offload.connections import KINDS, Pair, connected
 from tests.host_module.socket_offload.test_state import captured
 from tests.namespaces import capture
@@ -280,78 +281,21 @@ def test_the_kernel_alone_refuses_what_contradicts_itself(device: Device) -> Non
         exchange(pair)
 
 
-def test_random_blobs(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mutated snapshots, into new sockets and old ones: refused, or a connection that can be closed."""
-    chosen = random.Random(20261121)
-    with connected("ipv4") as pair:
-        pair.hear(os.urandom(500))
-        pair.say(os.urandom(500))
-        time.sleep(0.02)
-        good = bytearray(pack(device.freeze_export(pair.server)))
-        taken = 0
-        for _ in range(ROUNDS):
-            blob = _mutated(chosen, good)
-            monkeypatch.setattr(socket_offload, "pack", lambda snapshot, blob=blob: bytes(blob))
-            with socket.socket(chosen.choice((socket.AF_INET, socket.AF_INET6)), socket.SOCK_STREAM) as sock:
-                with contextlib.suppress(NotMovable, OSError):
-                    device.import_into(sock, None, options=chosen.random() < 0.5)  # type: ignore[arg-type]
-                    taken += 1
-                    if chosen.random() < 0.5:
-                        device.thaw(sock)
-                        sock.setblocking(False)
-                        sock.send(b"x")
-                    device.freeze_export(sock)
-        assert taken, "some must get through, or nothing is tried"
-
-
-def _mutated(chosen: random.Random, good: bytearray) -> bytearray:
-    blob = bytearray(good)
-    for _ in range(chosen.choice((1, 1, 2, 8, 40))):
-        at = chosen.randrange(len(blob))
-        blob[at] = chosen.choice((0, 1, 127, 128, 255, chosen.randrange(256)))
-    if chosen.random() < 0.1:
-        del blob[chosen.randrange(len(blob)) :]
-    return blob or bytearray(1)
+def test_random_blobs(device: Device) -> None:
+    """Mutated snapshots into new sockets: refused, or a connection that can be used and closed."""
+    chosen, good = random.Random(20261121), fuzz.good_blob(device)
+    taken = sum(fuzz.try_blob(device, chosen, fuzz.mutated(chosen, good)) for _ in range(ROUNDS))
+    assert 0 < taken < ROUNDS
 
 
 def test_random_calls(device: Device) -> None:
-    """Any number, any bytes, on any descriptor."""
-    chosen = random.Random(1)
-    numbers = [socket_offload.FREEZE_EXPORT, socket_offload.IMPORT, socket_offload.THAW, socket_offload.ABORT, 0xC018B5FF]
-    with connected("ipv4") as pair:
-        descriptors = [pair.server.fileno(), pair.client.fileno(), 0, 1, device._fd, -1, 99999]
-        for _ in range(ROUNDS):
-            call = bytearray(chosen.randbytes(64))
-            call[:4] = chosen.choice((0, 4, 16, 32, 56, 64, 1 << 20)).to_bytes(4, "little")
-            call[4:8] = chosen.choice(descriptors).to_bytes(4, "little", signed=True)
-            with contextlib.suppress(OSError):
-                fcntl.ioctl(device._fd, chosen.choice(numbers), call)
+    fuzz.try_calls(device, random.Random(1), ROUNDS)
 
 
 def test_calls_at_once_on_one_socket(device: Device) -> None:
-    """Freeze, thaw, import and close, from four threads."""
+    chosen = random.Random(2)
     for _ in range(30):
-        with connected("ipv4") as pair:
-            pair.hear(os.urandom(3000))
-            snapshot = device.freeze_export(pair.server)
-            device.abort(pair.server)
-            threads = [threading.Thread(target=_disturb, args=(device, pair, snapshot, seed)) for seed in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-
-
-def _disturb(device: Device, pair: Pair, snapshot: Any, seed: int) -> None:
-    chosen = random.Random(seed)
-    mine = Device()
-    for _ in range(20):
-        with contextlib.suppress(NotMovable, OSError, ValueError):
-            call = chosen.choice((mine.freeze_export, mine.thaw, mine.abort, lambda sock: mine.import_into(sock, snapshot)))
-            call(pair.server)
-        if seed == 0 and chosen.random() < 0.02:
-            pair.server.close()
-    mine.close()
+        fuzz.try_at_once(device, chosen)
 
 
 # Coming and going.

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nonsense for the module, for as long as you like: `python -m tests.host_module.socket_offload.fuzz --minutes 10`, in a VM with
+the module (`./run debug-kernel`). Mutated blobs, random calls on all kinds of descriptors, calls at once on one socket with a close
+in between. It says nothing of its own about the kernel's health: the kernel's log does."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+from guest_agent.handoff import kernel, socket_offload
+from guest_agent.handoff.errors import NotMovable
+from guest_agent.handoff.snapshot import Snapshot
+from guest_agent.handoff.socket_offload import Device, pack
+from tests.host_module.socket_offload.connections import KINDS, Pair, connected
+
+CALLS = (socket_offload.FREEZE_EXPORT, socket_offload.IMPORT, socket_offload.THAW, socket_offload.ABORT, 0xC018B5FF)
+QUIET = (NotMovable, OSError, ValueError)
+
+
+def mutated(chosen: random.Random, good: bytes) -> bytes:
+    """A blob with a few other bytes, or cut short."""
+    blob = bytearray(good)
+    for _ in range(chosen.choice((1, 1, 2, 8, 40))):
+        blob[chosen.randrange(len(blob))] = chosen.choice((0, 1, 127, 128, 255, chosen.randrange(256)))
+    if chosen.random() < 0.1:
+        del blob[chosen.randrange(1, len(blob)) :]
+    return bytes(blob)
+
+
+def try_blob(device: Device, chosen: random.Random, blob: bytes) -> bool:
+    """Into a new socket; if it is taken, the connection is used and closed. Whether it was."""
+    with socket.socket(chosen.choice((socket.AF_INET, socket.AF_INET6)), socket.SOCK_STREAM) as sock:
+        try:
+            device.import_blob(sock, blob, options=chosen.random() < 0.5)
+        except QUIET:
+            return False
+        with contextlib.suppress(*QUIET):
+            if chosen.random() < 0.5:
+                device.thaw(sock)
+                sock.setblocking(False)
+                sock.send(b"x")
+                sock.recv(100)
+            device.freeze_export(sock)
+    return True
+
+
+@contextlib.contextmanager
+def descriptors() -> Iterator[list[int]]:
+    """Of everything that is no connection, and of one that is."""
+    with contextlib.ExitStack() as stack:
+        pair = stack.enter_context(connected("ipv4"))
+        others = [
+            stack.enter_context(made)
+            for made in (
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
+                socket.socket(socket.AF_UNIX),
+                socket.create_server(("127.0.0.1", 0)),
+                socket.socket(),
+                socket.socket(socket.AF_INET, socket.SOCK_STREAM, kernel.IPPROTO_MPTCP),
+            )
+        ]
+        yield [pair.server.fileno(), pair.client.fileno(), *(sock.fileno() for sock in others), 0, -1, 99999]
+
+
+def try_calls(device: Device, chosen: random.Random, count: int) -> None:
+    """Any number, any bytes, on any descriptor."""
+    with descriptors() as found:
+        for _ in range(count):
+            call = bytearray(chosen.randbytes(64))
+            call[:4] = chosen.choice((0, 4, 16, 32, 56, 64, 1 << 20)).to_bytes(4, "little")
+            call[4:8] = chosen.choice(found).to_bytes(4, "little", signed=True)
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(device.fileno(), chosen.choice(CALLS), call)
+
+
+def disturb(pair: Pair, snapshot: Snapshot, chosen: random.Random, *, close: bool) -> None:
+    """One of several that freeze, thaw and import at once; one of them may close."""
+    mine = Device()
+    for _ in range(20):
+        call = chosen.choice((mine.freeze_export, mine.thaw, mine.abort, lambda sock: mine.import_into(sock, snapshot)))
+        with contextlib.suppress(*QUIET):
+            call(pair.server)
+        if close and chosen.random() < 0.02:
+            pair.server.close()
+    mine.close()
+
+
+def try_at_once(device: Device, chosen: random.Random) -> None:
+    """Four threads on one socket."""
+    with connected(chosen.choice(sorted(KINDS))) as pair:
+        pair.hear(os.urandom(3000))
+        snapshot = device.freeze_export(pair.server)
+        device.abort(pair.server)
+        seeds = [random.Random(chosen.random()) for _ in range(4)]
+        threads = [
+            threading.Thread(target=disturb, args=(pair, snapshot, seed), kwargs={"close": number == 0})
+            for number, seed in enumerate(seeds)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def good_blob(device: Device) -> bytes:
+    """Of a connection with something in its queues."""
+    with connected("ipv4") as pair:
+        pair.hear(os.urandom(500))
+        pair.deafen()
+        pair.say(os.urandom(500))
+        time.sleep(0.02)
+        return pack(device.freeze_export(pair.server))
+
+
+def main() -> int:
+    """Run until the time is up; what was tried is printed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10)
+    deadline = time.monotonic() + 60 * parser.parse_args().minutes
+    device, chosen, tried, taken = Device(), random.Random(), 0, 0
+    while time.monotonic() < deadline:
+        good = good_blob(device)
+        for _ in range(500):
+            taken += try_blob(device, chosen, mutated(chosen, good))
+        try_calls(device, chosen, 500)
+        for _ in range(5):
+            try_at_once(device, chosen)
+        tried += 1005
+    print(f"{tried} attempts, {taken} blobs were taken")
+    return 0 if taken else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The module on a kernel that watches itself: built from Debian's linux-source with `debug.config` (KASAN, lockdep,
+DEBUG_OBJECTS, kmemleak), once, and kept in the cache.
+
+    ./run debug-kernel [--minutes N]
+
+Runs the module's tests, then N minutes of the fuzzer, then asks kmemleak twice. Any report of the kernel is a failure."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.vm.other_kernel import ROOT, OtherKernel
+from vm_images import build, module
+from vm_images.command import run
+from vm_images.kernel import Kernel
+from vm_images.packages import fetch
+
+SERIES = "6.12"
+CONFIG = Path(__file__).with_name("debug.config")
+SCRIPT = """set -e
+mount -t debugfs none /sys/kernel/debug
+{python} -m pytest -q -p no:cacheprovider --tb short tests/host_module
+{python} -m tests.host_module.socket_offload.fuzz --minutes {minutes}
+for round in 1 2; do echo scan > /sys/kernel/debug/kmemleak; sleep 6; done
+cat /sys/kernel/debug/kmemleak
+! grep -q socket_offload /sys/kernel/debug/kmemleak
+"""
+
+
+def source() -> Path:
+    """The built kernel tree; half an hour on two processors when it is not there yet."""
+    cache = build.cache_directory()
+    key = build.key(CONFIG.read_text(encoding="utf-8"), Path(__file__).read_text(encoding="utf-8"))
+    with build.layer(cache / f"debug-{SERIES}-{key}") as (directory, missing):
+        if missing:
+            unpacked = fetch(f"linux-source-{SERIES}", directory=directory)
+            archive = unpacked / "usr" / "src" / f"linux-source-{SERIES}.tar.xz"
+            run(["tar", "--extract", "--file", archive, "--directory", directory])
+            shutil.rmtree(unpacked)
+            _make(directory / f"linux-source-{SERIES}")
+    return cache / f"debug-{SERIES}-{key}" / f"linux-source-{SERIES}"
+
+
+def _make(tree: Path) -> None:
+    configuration = {"KCONFIG_ALLCONFIG": str(CONFIG)}
+    run(["make", "-s", "allnoconfig"], directory=tree, environment=configuration)
+    settings = (tree / ".config").read_text(encoding="utf-8").splitlines()
+    wanted = [line for line in CONFIG.read_text(encoding="utf-8").splitlines() if line.startswith("CONFIG_")]
+    lost = [line for line in wanted if line not in settings]
+    print(f"not to be had in this kernel: {', '.join(lost) or 'nothing'}", file=sys.stderr)
+    run(["make", "-s", f"-j{os.cpu_count()}", "bzImage", "modules"], directory=tree)
+
+
+@dataclass(frozen=True)
+class DebugKernel(OtherKernel):
+    """Everything that it needs is built in."""
+
+    def kernel(self) -> Kernel:
+        """The built tree, as if it were unpacked from a package."""
+        tree = source()
+        release = (tree / "include" / "config" / "kernel.release").read_text(encoding="ascii").strip()
+        (tree / "empty" / "lib" / "modules").mkdir(parents=True, exist_ok=True)
+        image = build.kernel(SERIES).image.parent / "debug-vmlinuz"
+        shutil.copyfile(tree / "arch" / "x86" / "boot" / "bzImage", image)
+        return Kernel(release=release, image=image, modules=tree / "empty")
+
+    def module(self, name: str) -> Path:
+        """Built in a folder of its own each time."""
+        directory = Path(tempfile.mkdtemp(prefix="streamlift-module-"))
+        module.build_against(ROOT / "host_module" / name, tree=source(), directory=directory)
+        return directory / f"{name}.ko"
+
+    def early(self, kernel: Kernel) -> list[Path]:
+        """Nothing."""
+        return []
+
+
+def main() -> int:
+    """The exit status: 0 if nobody complained."""
+    parser = argparse.ArgumentParser(description="The module on a kernel that watches itself.")
+    parser.add_argument("--minutes", type=float, default=10, help="of the fuzzer (%(default)s)")
+    minutes = parser.parse_args().minutes
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        script = SCRIPT.format(python=sys.executable, minutes=minutes)
+        status = DebugKernel(SERIES, ("socket_offload",)).run(["sh", "-c", script], timeout=3600 + 60 * minutes, output=output)
+        print(output.read_text())
+    print("no report" if status == 0 else f"ended with {status}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
