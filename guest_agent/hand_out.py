@@ -72,8 +72,8 @@ def begin(transfer: Transfer, backend: Backend, keep: Hold | None, send: Send) -
     transfer.cookie = int.from_bytes(transfer.sock.getsockopt(socket.SOL_SOCKET, kernel.SO_COOKIE, 8), "little")
     transfer.snapshot = backend.take(transfer.sock, keep)
     try:
+        mute(transfer.sock)  # at once: the snapshot's clock stands, and a timer may still speak with a later one
         transfer.move(Guest.FROZEN)
-        mute(transfer.sock)
         offer(transfer, send)
         transfer.expected = _expected(transfer)
     except (HandoffError, OSError):
@@ -126,4 +126,5 @@ def undo(transfer: Transfer, backend: Backend) -> None:
     """The host did not take it: thaw; the socket never stopped being ours."""
     unmute(transfer.sock, transfer.snapshot.options.mark if transfer.snapshot else 0)
     backend.thaw(transfer.sock)
-    transfer.move(Guest.HOME)
+    if transfer.state is not Guest.HOME:
+        transfer.move(Guest.HOME)
