@@ -48,16 +48,15 @@ def build_against(source: Path, *, tree: Path, directory: Path) -> None:
     """The same against any prepared kernel tree."""
     _copy_sources(source, directory)
     variables = {"KCFLAGS": f"-Werror -ffile-prefix-map={directory}=. -ffile-prefix-map={tree}=headers"}
-    # pahole writes types in any order, and nobody asks a module of ours for its BTF.
     run(["make", "-s", f"KDIR={tree}", "W=1"], directory=directory, environment=variables)
-    run(["strip", "--strip-debug", "--remove-section=.BTF", f"{source.name}.ko"], directory=directory)
+    run(["strip", "--strip-debug", f"{source.name}.ko"], directory=directory)
 
 
 def sparse(source: Path, *, headers: Path, release: str, directory: Path) -> list[str]:
     """What sparse(1) says of the module's own files."""
     _copy_sources(source, directory)
     tree = folder(headers, release=release)
-    command = f"make -s KDIR={tree} C=2 CF=-D__CHECK_ENDIAN__ CONFIG_DEBUG_INFO_BTF_MODULES= 2>&1"
+    command = f"make -s KDIR={tree} C=2 CF=-D__CHECK_ENDIAN__ 2>&1"
     lines = run(["sh", "-c", command], directory=directory).splitlines()
     return [line for line in lines if line.startswith(str(directory)) and ("warning" in line or "error" in line)]
 
