@@ -38,8 +38,8 @@ $b mount -t overlay -o lowerdir=/lower,upperdir=/over/upper,workdir=/over/work n
 share kernel "/root/lib/modules" ro,cache=loose
 share work /root/outside rw,cache=none
 for place in dev proc sys; do $b mount -o move "/$place" "/root/$place"; done
-for place in tmp run dev/shm; do $b mkdir -p "/root/$place"; $b mount -t tmpfs none "/root/$place"; done
-$b mkdir -p /root/run/netns
+for place in run dev/shm; do $b mkdir -p "/root/$place"; $b mount -t tmpfs none "/root/$place"; done
+$b mkdir -p /root/run/netns /root/run/tmp
 $b mkdir -p /root/dev/pts
 $b mount -t devpts none /root/dev/pts
 exec $b switch_root /root /bin/sh -c 'ip link set lo up; cd /outside
@@ -116,7 +116,7 @@ class OtherKernel:
 def _script(command: Sequence[str]) -> str:
     names = ("PATH", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "STREAMLIFT_CACHE")
     exports = [f"export {name}={shlex.quote(os.environ[name])}" for name in names if name in os.environ]
-    return "\n".join(["modprobe tun", *exports, f"cd {shlex.quote(str(ROOT))}", "exec " + shlex.join(command)]) + "\n"
+    return "\n".join(["modprobe tun || true", "export TMPDIR=/run/tmp", *exports, f"cd {shlex.quote(str(ROOT))}", "exec " + shlex.join(command)]) + "\n"
 
 
 def _into(work: Path, module: Path) -> str:
