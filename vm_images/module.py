@@ -49,7 +49,7 @@ def build_against(source: Path, *, tree: Path, directory: Path) -> None:
     _copy_sources(source, directory)
     variables = {"KCFLAGS": f"-Werror -ffile-prefix-map={directory}=. -ffile-prefix-map={tree}=headers"}
     run(["make", "-s", f"KDIR={tree}", "W=1"], directory=directory, environment=variables)
-    run(["strip", "--strip-debug", f"{source.name}.ko"], directory=directory)
+    run(["strip", "--strip-debug", "--remove-section=.note.gnu.build-id", f"{source.name}.ko"], directory=directory)
 
 
 def sparse(source: Path, *, headers: Path, release: str, directory: Path) -> list[str]:

@@ -284,7 +284,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"snapshot": None}, "bad_snapshot"),
     ({"snapshot": {"version": 0}}, "bad_version"),
     ({"snapshot": {"version": 999}}, "bad_version"),
-    ({"snapshot": {"version": 1}}, "bad_snapshot"),
+    ({"snapshot": {"version": 2}}, "bad_snapshot"),
 ]
 
 
