@@ -116,7 +116,8 @@ class OtherKernel:
 def _script(command: Sequence[str]) -> str:
     names = ("PATH", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "STREAMLIFT_CACHE")
     exports = [f"export {name}={shlex.quote(os.environ[name])}" for name in names if name in os.environ]
-    return "\n".join(["modprobe tun || true", "export TMPDIR=/run/tmp", *exports, f"cd {shlex.quote(str(ROOT))}", "exec " + shlex.join(command)]) + "\n"
+    prepare = ["modprobe tun || true", "export TMPDIR=/run/tmp", *exports, f"cd {shlex.quote(str(ROOT))}"]
+    return "\n".join([*prepare, "exec " + shlex.join(command)]) + "\n"
 
 
 def _into(work: Path, module: Path) -> str:
