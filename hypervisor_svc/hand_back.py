@@ -98,7 +98,9 @@ class HandBack:
         snapshot = self._backend.take(connection.sock, self._keep, own=True, known=connection.job.snapshot)
         if self._backend.name == connection.guest.backend == "socket_offload":
             return snapshot  # it carries everything, and while it is frozen no timer runs
-        return _after_delayed_ack(self._without_fin(connection, snapshot))
+        owes_ack = snapshot.window.rcv_wup != snapshot.receive_next
+        snapshot = self._without_fin(connection, snapshot)
+        return _after_delayed_ack(snapshot) if owes_ack or connection.fin else snapshot
 
     def _without_fin(self, connection: Connection, snapshot: Snapshot) -> Snapshot:
         """The FIN comes again, without a timestamp: we do not know the client's clock."""
