@@ -124,12 +124,13 @@ def _left(deployment: Deployment) -> Left:
 def _assert_works(deployment: Deployment) -> None:
     """A new transfer goes through the host."""
     deployment.wait_ready()
-    before = deployment.counters()["offloaded"]
+    before = deployment.counters()
     body = deployment.network.client.popen(
         ["curl", "-sf", "--max-time", "10", f"http://10.77.1.2:{deployment.port}/1400000.bin"], stdout=-1
     ).communicate()[0]
     assert body == (deployment.share / "1400000.bin").read_bytes()
-    assert deployment.counters()["offloaded"] == before + 1
+    after = deployment.counters()
+    assert after["offloaded"] == before["offloaded"] + 1, f"{before}, and then {after}"
 
 
 # The agent.
