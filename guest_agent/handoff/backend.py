@@ -127,9 +127,12 @@ class SocketOffload:
         self, snapshot: Snapshot, keep: Hold | None, *, bind: Endpoint | None = None, transparent: bool = False, mark: int = 0
     ) -> socket.socket:
         """SKOFF_IMPORT into a new socket. `mark` replaces the snapshot's."""
-        sock = restore.new_socket(snapshot, keep, transparent=transparent)
+        sock = restore.new_socket(snapshot, transparent=transparent)
         try:
-            self._device.import_into(sock, restore.marked(snapshot, mark), bind=bind, options=True)
+            if keep is None:
+                hold.attach(sock, None)
+            filter_fd = keep.program_fd if keep is not None else -1
+            self._device.import_into(sock, snapshot, filter_fd, bind=bind, options=True, mark=mark)
         except BaseException:
             sock.close()
             raise

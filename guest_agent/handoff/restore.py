@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from dataclasses import replace
 
 from guest_agent.handoff import hold, kernel
 from guest_agent.handoff.errors import HostError, NotMovable, Reason
@@ -36,8 +35,9 @@ def restore_fresh(
 
     `mark` replaces the snapshot's SO_MARK, which means something only on the machine it came from. Raises OSError."""
     _check_state(snapshot)
-    sock = new_socket(snapshot, keep, transparent=transparent)
+    sock = new_socket(snapshot, transparent=transparent)
     try:
+        hold.attach(sock, keep)
         _setsockopt(sock, _TCP, kernel.TCP_REPAIR, kernel.REPAIR_ON)
         if mark:
             _setsockopt(sock, _SOL, socket.SO_MARK, mark)
@@ -49,23 +49,17 @@ def restore_fresh(
     return sock
 
 
-def new_socket(snapshot: Snapshot, keep: Hold | None, *, transparent: bool) -> socket.socket:
-    """A closed socket of the snapshot's family that takes nothing in. Raises OSError."""
+def new_socket(snapshot: Snapshot, *, transparent: bool) -> socket.socket:
+    """A closed socket of the snapshot's family. Raises OSError."""
     sock = socket.socket(socket.AF_INET6 if snapshot.is_ipv6 else socket.AF_INET, socket.SOCK_STREAM, _TCP)
     try:
         sock.setblocking(False)
         if transparent:
             _make_transparent(sock)
-        hold.attach(sock, keep)
     except BaseException:
         sock.close()
         raise
     return sock
-
-
-def marked(snapshot: Snapshot, mark: int) -> Snapshot:
-    """The snapshot with another SO_MARK: its own means something only on the machine it came from."""
-    return replace(snapshot, options=replace(snapshot.options, mark=mark))
 
 
 def restore_in_place(sock: socket.socket, snapshot: Snapshot) -> None:

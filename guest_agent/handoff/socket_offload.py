@@ -15,6 +15,7 @@ import struct
 from typing import NamedTuple
 
 from guest_agent.handoff.errors import NotMovable, Reason
+from guest_agent.handoff.segment import packed
 from guest_agent.handoff.snapshot import MAX_QUEUE, Endpoint, Options, Segment, Snapshot, Window
 from guest_agent.handoff.warm import NEVER, Warm
 
@@ -111,18 +112,25 @@ class Device:
         self._room = bytearray(2 * needed)
 
     def import_into(
-        self, sock: socket.socket, snapshot: Snapshot, filter_fd: int = -1, *, bind: Endpoint | None = None, options: bool = False
+        self,
+        sock: socket.socket,
+        snapshot: Snapshot,
+        filter_fd: int = -1,
+        *,
+        bind: Endpoint | None = None,
+        options: bool = False,
+        mark: int | None = None,
     ) -> None:
         """The closed or frozen socket becomes what the snapshot says, frozen. Raises NotMovable, OSError."""
-        self.import_blob(sock, pack(snapshot), filter_fd, bind=bind, options=options)
+        self.import_blob(sock, pack(snapshot, mark=mark), filter_fd, bind=bind, options=options)
 
     def import_blob(
-        self, sock: socket.socket, packed: bytes, filter_fd: int = -1, *, bind: Endpoint | None = None, options: bool = False
+        self, sock: socket.socket, made: bytes, filter_fd: int = -1, *, bind: Endpoint | None = None, options: bool = False
     ) -> None:
         """The same with a blob as `pack` makes it."""
-        blob = bytearray(packed)
+        blob = bytearray(made)
         flags = (BIND if bind else 0) | (OPTIONS if options else 0)
-        local, port = (_packed(bind.address), bind.port) if bind else (b"", 0)
+        local, port = (packed(bind.address), bind.port) if bind else (b"", 0)
         values = (_IMPORT.size, sock.fileno(), filter_fd, flags, _address_of(blob), len(blob), 0, local, port)
         self._call(IMPORT, bytearray(_IMPORT.pack(*values)), reason_at=28)
 
@@ -153,47 +161,36 @@ def _address_of(room: bytearray) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(room))
 
 
-def _packed(address: str) -> bytes:
-    return ipaddress.ip_address(address).packed
-
-
-_FLAG_FIELDS = (
-    (SACK, "sack"),
-    (TIMESTAMPS, "timestamps"),
-    (USEC_TS, "timestamp_usec"),
-    (MAPPED, "v4_mapped"),
-    (FIN_UNSENT, "fin_unsent"),
-    (FIN_READ, "fin_read"),
-)
-_FLAG_OPTIONS = ((NODELAY, "nodelay"), (CORK, "cork"), (KEEPALIVE, "keepalive"))
-
-
-def pack(snapshot: Snapshot) -> bytes:
-    """A blob as `SKOFF_IMPORT` takes it."""
+def pack(snapshot: Snapshot, *, mark: int | None = None) -> bytes:
+    """A blob as `SKOFF_IMPORT` takes it; `mark` instead of the snapshot's."""
     early = b"".join(segment.data for segment in snapshot.segments)
     headers = b"".join(_SEGMENT.pack(segment.sequence, len(segment.data)) for segment in snapshot.segments)
     queues = (snapshot.receive_queue, snapshot.unacked, snapshot.unsent)
-    return b"".join((_pack_fixed(snapshot), _pack_warm(snapshot.warm), headers, *queues, early))
+    return b"".join((_pack_fixed(snapshot, mark), _pack_warm(snapshot.warm), headers, *queues, early))
 
 
-def _pack_fixed(snapshot: Snapshot) -> bytes:
+def _pack_flags(snapshot: Snapshot) -> int:
+    options, warm = snapshot.options, snapshot.warm
+    flags = WSCALE * (snapshot.send_scale is not None) | SACK * snapshot.sack | TIMESTAMPS * snapshot.timestamps
+    flags |= USEC_TS * snapshot.timestamp_usec | MAPPED * snapshot.v4_mapped
+    flags |= FIN_UNSENT * snapshot.fin_unsent | FIN_READ * snapshot.fin_read
+    flags |= NODELAY * options.nodelay | CORK * options.cork | KEEPALIVE * options.keepalive
+    return flags if warm is None else flags | WARM | ECN * warm.ecn
+
+
+def _pack_fixed(snapshot: Snapshot, mark: int | None) -> bytes:
     options, window, warm = snapshot.options, snapshot.window, snapshot.warm
-    flags = sum(bit for bit, name in _FLAG_FIELDS if getattr(snapshot, name))
-    flags |= sum(bit for bit, name in _FLAG_OPTIONS if getattr(options, name))
-    flags |= WSCALE * (snapshot.send_scale is not None)
-    if warm is not None:
-        flags |= WARM | ECN * warm.ecn
     return _SNAPSHOT.pack(
         _SNAPSHOT.size + _WARM.size,
-        flags,
+        _pack_flags(snapshot),
         snapshot.state,
         socket.AF_INET6 if snapshot.is_ipv6 else socket.AF_INET,
         snapshot.send_scale or 0,
         snapshot.receive_scale or 0,
         snapshot.local.port,
         snapshot.peer.port,
-        _packed(snapshot.local.address),
-        _packed(snapshot.peer.address),
+        packed(snapshot.local.address),
+        packed(snapshot.peer.address),
         snapshot.send_sequence,
         snapshot.receive_sequence,
         len(snapshot.segments),
@@ -217,7 +214,7 @@ def _pack_fixed(snapshot: Snapshot) -> bytes:
         options.receive_buffer,
         options.buffer_lock,
         options.traffic_class,
-        options.mark,
+        options.mark if mark is None else mark,
         options.priority,
         options.user_timeout,
         options.congestion.encode("ascii"),
@@ -262,29 +259,22 @@ def unpack(blob: memoryview) -> Snapshot:
         state=state,
         segments=early,
         warm=warm,
-        **{name: bool(flags & bit) for bit, name in _FLAG_FIELDS},
+        sack=bool(flags & SACK),
+        timestamps=bool(flags & TIMESTAMPS),
+        timestamp_usec=bool(flags & USEC_TS),
+        v4_mapped=bool(flags & MAPPED),
+        fin_unsent=bool(flags & FIN_UNSENT),
+        fin_read=bool(flags & FIN_READ),
     )
 
 
 def _unpack_options(flags: int, numbers: tuple[int, ...], congestion: bytes) -> Options:
-    switches = {name: bool(flags & bit) for bit, name in _FLAG_OPTIONS}
-    return Options(**switches, **dict(zip(_OPTION_NUMBERS, numbers, strict=True)), congestion=_name(congestion))  # type: ignore[arg-type]
+    """The numbers are in the order of `Options`' fields."""
+    switches = bool(flags & NODELAY), bool(flags & CORK), bool(flags & KEEPALIVE)
+    return Options(*switches, *numbers, _name(congestion))  # type: ignore[call-arg, arg-type]
 
 
-_OPTION_NUMBERS = (
-    "keepalive_idle",
-    "keepalive_interval",
-    "keepalive_count",
-    "send_buffer",
-    "receive_buffer",
-    "buffer_lock",
-    "traffic_class",
-    "mark",
-    "priority",
-    "user_timeout",
-)
-
-
+@functools.lru_cache(maxsize=64)
 def _name(congestion: bytes) -> str:
     return congestion.split(b"\0")[0].decode("ascii", "replace")
 

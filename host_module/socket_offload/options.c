@@ -61,7 +61,8 @@ static void set_congestion(struct socket *sock, const struct skoff_snapshot *sna
 {
 	struct sock *sk = sock->sk;
 
-	if (snapshot->congestion[0])
+	if (snapshot->congestion[0] &&
+	    strncmp(snapshot->congestion, inet_csk(sk)->icsk_ca_ops->name, SKOFF_CA_NAME))
 		sk->sk_prot->setsockopt(sk, SOL_TCP, TCP_CONGESTION,
 					KERNEL_SOCKPTR((void *)snapshot->congestion),
 					strnlen(snapshot->congestion, SKOFF_CA_NAME - 1));
