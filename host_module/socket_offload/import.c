@@ -24,11 +24,12 @@ union address {
 /* What no kernel would have written. The caller has looked at it too; neither relies on the other. */
 static bool contradicts_itself(const struct skoff_snapshot *s)
 {
-	u32 fin = skoff_in(s->state, SKOFF_FIN_RCVD);
-	u32 rcv_nxt = s->copied_seq + s->receive_length + (fin && !(s->flags & SKOFF_FIN_READ));
+	u32 fin, rcv_nxt;
 
 	if (s->state >= TCP_MAX_STATES || !skoff_in(s->state, SKOFF_STATES))
 		return true;
+	fin = skoff_in(s->state, SKOFF_FIN_RCVD);
+	rcv_nxt = s->copied_seq + s->receive_length + (fin && !(s->flags & SKOFF_FIN_READ));
 	if (s->flags & ~SKOFF_KNOWN_FLAGS || s->reserved[0] || s->reserved[1])
 		return true;
 	if (s->family != AF_INET && s->family != AF_INET6)
@@ -241,18 +242,13 @@ static void set_window(struct sock *sk, const struct skoff_snapshot *s)
 /* As tcp_fin() does, but for the ACK. */
 static int receive_fin(struct sock *sk, const struct skoff_snapshot *s)
 {
-	struct tcp_sock *tp = tcp_sk(sk);
-	int err = 0;
+	int err = s->flags & SKOFF_FIN_READ ? 0 : skoff_fill_fin(sk);
 
-	if (s->flags & SKOFF_FIN_READ)
-		err = 0; /* copied_seq is behind it already */
-	else
-		err = skoff_fill_fin(sk);
 	if (err)
 		return err;
 	WRITE_ONCE(sk->sk_shutdown, sk->sk_shutdown | RCV_SHUTDOWN);
 	sock_set_flag(sk, SOCK_DONE);
-	tp->rx_opt.num_sacks = 0;
+	tcp_sk(sk)->rx_opt.num_sacks = 0;
 	return 0;
 }
 
@@ -347,6 +343,18 @@ static void give_up(struct socket *sock)
 	tcp_sk(sk)->repair = 0;
 }
 
+/* Why the socket cannot take a connection; 0 if it can. */
+static u32 unfit(const struct sock *sk, const struct skoff_snapshot *s)
+{
+	if (s->family == AF_INET6 && sk->sk_family != AF_INET6)
+		return SKOFF_REASON_BLOB;
+	if (sk->sk_state == TCP_CLOSE)
+		return SKOFF_REASON_NONE;
+	if (!skoff_is_frozen(sk))
+		return SKOFF_REASON_FROZEN;
+	return skoff_in(sk->sk_state, SKOFF_STATES) ? SKOFF_REASON_NONE : SKOFF_REASON_STATE;
+}
+
 static int rebuild(struct socket *sock, const struct skoff_import *call, const struct blob *blob,
 		   const u8 *local, u16 port)
 {
@@ -359,21 +367,31 @@ static int rebuild(struct socket *sock, const struct skoff_import *call, const s
 	if (err)
 		return err;
 	lock_sock(sk);
-	close_for_import(sock, s);
+	if (unfit(sk, s))
+		err = -EBUSY; /* somebody else is at it too */
+	else
+		close_for_import(sock, s);
 	release_sock(sk);
-	return bind_and_connect(sock, s, local, port);
+	return err ?: bind_and_connect(sock, s, local, port);
 }
 
-/* Why the socket cannot take a connection; 0 if it can. */
-static u32 unfit(const struct sock *sk, const struct skoff_snapshot *s)
+/* Connected at these ends, frozen and empty: it can be filled. */
+static bool stands_ready(const struct sock *sk, const struct skoff_snapshot *s, const u8 *local, u16 port)
 {
-	if (s->family == AF_INET6 && sk->sk_family != AF_INET6)
-		return SKOFF_REASON_BLOB;
-	if (sk->sk_state == TCP_CLOSE)
-		return SKOFF_REASON_NONE;
-	if (!skoff_is_frozen(sk))
-		return SKOFF_REASON_FROZEN;
-	return skoff_in(sk->sk_state, SKOFF_STATES) ? SKOFF_REASON_NONE : SKOFF_REASON_STATE;
+	return skoff_is_frozen(sk) && is_empty(sk) && stands_at(sk, s, local, port);
+}
+
+static int complete(struct socket *sock, const struct blob *blob, u32 *reason)
+{
+	int err = fill(sock->sk, blob, reason);
+
+	if (err) {
+		give_up(sock);
+		return err;
+	}
+	skoff_freeze(sock->sk);
+	wake(sock->sk);
+	return 0;
 }
 
 int skoff_import_into(struct socket *sock, struct skoff_import *call)
@@ -402,7 +420,7 @@ int skoff_import_into(struct socket *sock, struct skoff_import *call)
 		goto out;
 
 	lock_sock(sk);
-	ready = skoff_is_frozen(sk) && is_empty(sk) && stands_at(sk, s, local, port);
+	ready = stands_ready(sk, s, local, port);
 	release_sock(sk);
 	if (!ready)
 		err = rebuild(sock, call, blob, local, port);
@@ -410,16 +428,7 @@ int skoff_import_into(struct socket *sock, struct skoff_import *call)
 		goto out;
 
 	lock_sock(sk);
-	if (skoff_is_frozen(sk) && is_empty(sk) && stands_at(sk, s, local, port))
-		err = fill(sk, blob, &call->reason);
-	else
-		err = -EBUSY; /* somebody else was at it too */
-	if (err && err != -EBUSY) {
-		give_up(sock);
-	} else if (!err) {
-		skoff_freeze(sk);
-		wake(sk);
-	}
+	err = stands_ready(sk, s, local, port) ? complete(sock, blob, &call->reason) : -EBUSY;
 	release_sock(sk);
 out:
 	kfree(blob);

@@ -45,35 +45,34 @@ static long handshake(struct file *file, void __user *user)
 	return copy_answer(user, &call, sizeof(call)) ?: err;
 }
 
+/* Why this is no socket that can be moved, whatever its state. */
+static u32 foreign(const struct sock *sk)
+{
+	if (sk_is_tcp(sk))
+		return SKOFF_REASON_NONE;
+	return sk->sk_protocol == IPPROTO_MPTCP ? SKOFF_REASON_MPTCP : SKOFF_REASON_NOT_TCP;
+}
+
 /* The socket behind a descriptor, if the caller may move it. */
 static struct socket *get_socket(int fd, u32 *reason)
 {
 	struct socket *sock;
 	int err;
 
-	*reason = SKOFF_REASON_NONE;
 	sock = sockfd_lookup(fd, &err);
-	if (!sock && err == -ENOTSOCK)
-		goto not_tcp;
-	if (!sock)
-		return ERR_PTR(err);
-	if (!sk_is_tcp(sock->sk) || !ns_capable(sock_net(sock->sk)->user_ns, CAP_NET_ADMIN)) {
-		bool tcp = sk_is_tcp(sock->sk);
-		bool mptcp = sock->sk->sk_protocol == IPPROTO_MPTCP;
-
-		sockfd_put(sock);
-		if (tcp)
-			return ERR_PTR(-EPERM);
-		if (mptcp)
-			*reason = SKOFF_REASON_MPTCP;
-		else
-			goto not_tcp;
-		return ERR_PTR(-EOPNOTSUPP);
+	if (!sock) {
+		*reason = err == -ENOTSOCK ? SKOFF_REASON_NOT_TCP : SKOFF_REASON_NONE;
+		return ERR_PTR(*reason ? -EOPNOTSUPP : err);
 	}
-	return sock;
-not_tcp:
-	*reason = SKOFF_REASON_NOT_TCP;
-	return ERR_PTR(-EOPNOTSUPP);
+	*reason = foreign(sock->sk);
+	if (*reason)
+		err = -EOPNOTSUPP;
+	else if (!ns_capable(sock_net(sock->sk)->user_ns, CAP_NET_ADMIN))
+		err = -EPERM;
+	else
+		return sock;
+	sockfd_put(sock);
+	return ERR_PTR(err);
 }
 
 static long freeze_export(void __user *user)
