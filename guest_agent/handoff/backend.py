@@ -13,8 +13,8 @@ import socket
 from dataclasses import replace
 from typing import Protocol
 
-from guest_agent.handoff import extract, freeze, hold, kernel, restore
-from guest_agent.handoff.errors import HostError, NotMovable, Reason
+from guest_agent.handoff import extract, freeze, hold, restore
+from guest_agent.handoff.errors import HostError, Reason
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.snapshot import ESTABLISHED, Endpoint, Snapshot
 from guest_agent.handoff.socket_offload import DEVICE, Device
@@ -114,9 +114,7 @@ class SocketOffload:
     def _export(self, sock: socket.socket, keep: Hold | None, *, own: bool) -> Snapshot:
         if keep is not None:
             return self._device.freeze_export(sock, keep.program_fd, own=own)
-        if not own and kernel.has_filter(sock.fileno()):
-            raise NotMovable(Reason.SOCKET_FILTER, "the application attached a filter of its own to this socket")
-        hold.attach(sock, None)
+        freeze.shut(sock, None, own=own)
         try:
             return self._device.freeze_export(sock)
         except BaseException:

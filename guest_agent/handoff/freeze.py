@@ -20,14 +20,19 @@ def freeze(sock: socket.socket, keep: Hold | None, *, own: bool = False) -> None
     """Freeze an established TCP socket. Needs CAP_NET_ADMIN in the socket's network namespace. `own`: no application has it.
 
     Raises NotMovable(SOCKET_FILTER) if the application has a filter of its own on it, OSError if the kernel refuses."""
-    if not own and kernel.has_filter(sock.fileno()):
-        raise NotMovable(Reason.SOCKET_FILTER, "the application attached a filter of its own to this socket")
-    hold.attach(sock, keep)
+    shut(sock, keep, own=own)
     try:
         _setsockopt(sock, socket.IPPROTO_TCP, kernel.TCP_REPAIR, kernel.REPAIR_ON)
     except OSError:
         hold.detach(sock)
         raise
+
+
+def shut(sock: socket.socket, keep: Hold | None, *, own: bool = False) -> None:
+    """The first of the two locks alone. Raises NotMovable(SOCKET_FILTER), OSError."""
+    if not own and kernel.has_filter(sock.fileno()):
+        raise NotMovable(Reason.SOCKET_FILTER, "the application attached a filter of its own to this socket")
+    hold.attach(sock, keep)
 
 
 def is_frozen(sock: socket.socket) -> bool:
