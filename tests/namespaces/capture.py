@@ -40,10 +40,11 @@ class Packet:
 
 
 @contextlib.contextmanager
-def captured(where: Namespace, file: Path, device: str = "eth0") -> Iterator[None]:
-    """Write what passes the device to a pcap file meanwhile; everything is in the file afterwards."""
+def captured(where: Namespace | None, file: Path, device: str = "eth0") -> Iterator[None]:
+    """Write what passes the device (of our own namespace, if None) to a pcap file meanwhile; everything is in it afterwards."""
     argv = ["tcpdump", "-i", device, "-n", "-U", "-B", "65536", "-s", "0", "-w", str(file), "tcp"]
-    with where.popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as tcpdump:
+    popen = subprocess.Popen if where is None else where.popen
+    with popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as tcpdump:
         assert tcpdump.stderr is not None
         while b"listening" not in (line := tcpdump.stderr.readline()):
             if not line:
