@@ -21,11 +21,9 @@ from guest_agent.handoff.freeze import freeze, thaw
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.restore import arrive, arrives_at, restore_fresh, restore_in_place, send_unsent
 from guest_agent.handoff.snapshot import Snapshot, after, before_fin
+from tests.guest_agent.handoff.loopback import KINDS, established, signed
 
 pytestmark = pytest.mark.root
-
-KINDS = {"ipv4": (socket.AF_INET, "127.0.0.1"), "ipv6": (socket.AF_INET6, "::1"), "mapped": (socket.AF_INET6, "::")}
-
 
 @pytest.fixture
 def keep() -> Iterator[Hold]:
@@ -36,18 +34,8 @@ def keep() -> Iterator[Hold]:
 @pytest.fixture(params=sorted(KINDS))
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, socket.socket]]:
     """(server's end, client's end) of an established connection."""
-    family, address = KINDS[request.param]
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        if request.param == "mapped":
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        listener.bind((address, 0))
-        listener.listen()
-        target = "127.0.0.1" if request.param == "mapped" else address
-        client = socket.create_connection((target, listener.getsockname()[1]), timeout=10)
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        server, _ = listener.accept()
-    with server, client:
-        yield server, client
+    with established(request.param) as ends:
+        yield ends
 
 
 def move(server: socket.socket, keep: Hold, *, fresh: bool) -> socket.socket:
@@ -281,15 +269,5 @@ def test_a_filter_of_the_application_is_not_replaced(pair: tuple[socket.socket, 
 
 
 def test_a_signed_connection_is_refused(keep: Hold) -> None:
-    """TCP MD5 (RFC 2385): struct tcp_md5sig of include/uapi/linux/tcp.h."""
-    key = b"secret"
-    md5 = socket.AF_INET.to_bytes(2, "little") + bytes(2) + socket.inet_aton("127.0.0.1")
-    option = md5.ljust(128, b"\0") + bytes(2) + len(key).to_bytes(2, "little") + bytes(4) + key.ljust(80, b"\0")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.setsockopt(socket.IPPROTO_TCP, 14, option)
-        with socket.socket() as client:
-            client.setsockopt(socket.IPPROTO_TCP, 14, option)
-            client.connect(listener.getsockname())
-            server, _ = listener.accept()
-            with server:
-                assert refusal(server, keep) is Reason.AUTHENTICATED
+    with signed() as server:
+        assert refusal(server, keep) is Reason.AUTHENTICATED

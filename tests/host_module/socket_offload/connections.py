@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guest_agent.handoff import hold, kernel
-from guest_agent.handoff.segment import packed, pseudo_sum
+from guest_agent.handoff.segment import ones_sum, packed, pseudo_sum
+from tests.guest_agent.handoff.loopback import established
 
-KINDS = {"ipv4": (socket.AF_INET, "127.0.0.1"), "ipv6": (socket.AF_INET6, "::1"), "mapped": (socket.AF_INET6, "::")}
 EARLY_AT, EARLY = 1000, 500
 """An out-of-order segment begins so many bytes after what was received, and is so long."""
 
@@ -59,25 +59,12 @@ class Pair:
 @contextlib.contextmanager
 def connected(kind: str) -> Iterator[Pair]:
     """An established connection."""
-    family, address = KINDS[kind]
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        if kind == "mapped":
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        listener.bind((address, 0))
-        listener.listen()
-        target = "127.0.0.1" if kind == "mapped" else address
-        client = socket.socket(socket.AF_INET6 if ":" in target else socket.AF_INET)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        client.settimeout(20)
-        client.connect((target, listener.getsockname()[1]))
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        server, _ = listener.accept()
-    pair = Pair(server, client)
-    try:
-        yield pair
-    finally:
-        pair.server.close()
-        pair.client.close()
+    with established(kind, receive_buffer=1 << 16) as (server, client):
+        pair = Pair(server, client)
+        try:
+            yield pair
+        finally:
+            pair.server.close()  # which may be another one by now
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
@@ -95,11 +82,8 @@ def send_early(pair: Pair, blob: bytes) -> None:
     received, sent = _sequences(pair.server)
     ports = struct.pack("!HH", peer_port, local_port)
     segment = ports + struct.pack("!IIBBHHH", received + EARLY_AT & 0xFFFFFFFF, sent, 5 << 4, 0x18, 512, 0, 0) + blob
-    total = pseudo_sum(peer, local, len(segment))
-    total += sum(struct.unpack(f"!{len(segment) // 2}H", segment))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    segment = segment[:16] + struct.pack("!H", ~total & 0xFFFF) + segment[18:]
+    checksum = ~ones_sum(struct.pack("!H", pseudo_sum(peer, local, len(segment))) + segment) & 0xFFFF
+    segment = segment[:16] + struct.pack("!H", checksum) + segment[18:]
     family = socket.AF_INET6 if len(packed(local)) == 16 else socket.AF_INET
     with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
         raw.bind((peer, 0))

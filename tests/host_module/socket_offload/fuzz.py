@@ -19,7 +19,8 @@ from guest_agent.handoff import kernel, socket_offload
 from guest_agent.handoff.errors import NotMovable
 from guest_agent.handoff.snapshot import Snapshot
 from guest_agent.handoff.socket_offload import Device, pack
-from tests.host_module.socket_offload.connections import KINDS, Pair, connected
+from tests.guest_agent.handoff.loopback import KINDS
+from tests.host_module.socket_offload.connections import Pair, connected
 
 CALLS = (socket_offload.FREEZE_EXPORT, socket_offload.IMPORT, socket_offload.THAW, socket_offload.ABORT, 0xC018B5FF)
 QUIET = (NotMovable, OSError, ValueError)

@@ -25,9 +25,9 @@ import pytest
 from guest_agent.handoff import freeze, hold, kernel, socket_offload
 from guest_agent.handoff.errors import NotMovable, Reason
 from guest_agent.handoff.socket_offload import DEVICE, Device
+from tests.guest_agent.handoff.loopback import KINDS, signed
 from tests.host_module.socket_offload import fuzz
-from tests.host_module.socket_offload.connections import KINDS, Pair, connected
-from tests.host_module.socket_offload.test_state import captured
+from tests.host_module.socket_offload.connections import Pair, connected
 from tests.namespaces import capture
 
 MODULE = "/outside/socket_offload.ko"
@@ -128,8 +128,6 @@ def test_refusals(device: Device) -> None:
         device.freeze_export(file)  # type: ignore[arg-type]
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, kernel.IPPROTO_MPTCP) as multipath:
         assert reason(device, multipath) is Reason.MPTCP
-    gone = socket.socket()
-    gone.detach()
 
 
 def test_urgent_data_is_refused(device: Device) -> None:
@@ -153,16 +151,8 @@ def test_a_filter_of_the_application_is_not_replaced(device: Device) -> None:
 
 
 def test_a_signed_connection_is_refused(device: Device) -> None:
-    """TCP MD5 (RFC 2385): struct tcp_md5sig."""
-    key = b"secret"
-    option = (socket.AF_INET.to_bytes(2, "little") + bytes(2) + socket.inet_aton("127.0.0.1")).ljust(128, b"\0")
-    option += bytes(2) + len(key).to_bytes(2, "little") + bytes(4) + key.ljust(80, b"\0")
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
-        for sock in (listener, client):
-            sock.setsockopt(socket.IPPROTO_TCP, 14, option)
-        client.connect(listener.getsockname())
-        with listener.accept()[0] as server:
-            assert reason(device, server) is Reason.AUTHENTICATED
+    with signed() as server:
+        assert reason(device, server) is Reason.AUTHENTICATED
 
 
 def test_frozen_twice_and_thawed_twice(device: Device, pair: Pair) -> None:
@@ -190,7 +180,7 @@ def test_frozen_says_nothing_and_then_goes_on(device: Device, tmp_path: Path) ->
         hold.attach(pair.server, None)
         pair.cure()
         time.sleep(0.05)
-        with captured(tmp_path / "frozen.pcap"):
+        with capture.captured(None, tmp_path / "frozen.pcap", "lo"):
             pair.hear(b"is anybody there?")
             time.sleep(4)
         port = pair.server.getsockname()[1]

@@ -4,21 +4,18 @@ directions, and by a capture in which the server's end is one honest endpoint.""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import signal
 import socket
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from guest_agent.handoff import kernel
 from guest_agent.handoff.snapshot import FIN_RECEIVED, FIN_SENT, Snapshot
 from guest_agent.handoff.socket_offload import Device
-from tests.host_module.socket_offload.connections import EARLY, EARLY_AT, KINDS, Pair, connected, put, timestamps
+from tests.guest_agent.handoff.loopback import KINDS
+from tests.host_module.socket_offload.connections import EARLY, EARLY_AT, Pair, connected, put, timestamps
 from tests.namespaces import capture
 
 STATES = {
@@ -53,24 +50,11 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[tuple[str, in
     """All packets of this file's tests, judged in the end; each test adds its server's end."""
     file = tmp_path_factory.mktemp("link") / "lo.pcap"
     servers: set[tuple[str, int]] = set()
-    with captured(file):
+    with capture.captured(None, file, "lo"):
         yield servers
     assert servers
     ours = (packet for packet in capture.read(file) if packet.source in servers or packet.to in servers)  # others may still close
     assert capture.judge(ours, servers) == []
-
-
-@contextlib.contextmanager
-def captured(file: Path) -> Iterator[None]:
-    argv = ["tcpdump", "-Z", "root", "-i", "lo", "-n", "-U", "-B", "65536", "-s", "0", "-w", str(file), "tcp"]
-    with subprocess.Popen(argv, stderr=subprocess.PIPE) as tcpdump:
-        assert tcpdump.stderr is not None
-        while b"listening" not in tcpdump.stderr.readline():
-            assert tcpdump.poll() is None
-        yield
-        tcpdump.send_signal(signal.SIGINT)
-        words = tcpdump.stderr.read()
-    assert b"\n0 packets dropped by kernel" in words, words.decode()
 
 
 def move(pair: Pair, device: Device, *, fresh: bool) -> tuple[Snapshot, Snapshot]:
