@@ -7,12 +7,10 @@ In a VM whose clock counts instructions, so that the figures repeat; the backend
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,15 +18,13 @@ from typing import Any
 
 from rich.table import Table
 
-from tests.performance import bench
+from tests.performance import bench, counted
 from tests.performance.bench import Bar, Report
 
 STEPS = ("export", "import fresh", "import in place")
 BACKENDS = ("tcp_repair", "socket_offload")
 LIMIT = 0.5
-KERNEL = "6.12"
 CAVEAT = "Python's part of each step is counted with the kernel's; an emulated processor counts `rep movs` by the iteration."
-_MARK = "RESULT "
 
 
 # Inside the VM.
@@ -59,7 +55,7 @@ def inside(rounds: int) -> None:
                     rows.append(row)
         server.close()
         client.close()
-    print(_MARK + json.dumps(rows), flush=True)
+    counted.tell(rows)
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, int]:
@@ -121,18 +117,8 @@ def main() -> int:
         inside(int(sys.argv[2]))
         return 0
     options = bench.arguments("what one move of a connection costs the processor")
-    from tests.vm.other_kernel import OtherKernel
-
-    rounds = "50" if options.quick else "400"
-    report = Report("moves", CAVEAT, details={"guest_kernel": KERNEL})
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "output"
-        command = [sys.executable, "-m", "tests.performance.moves", "--inside", rounds]
-        status = OtherKernel(KERNEL, ("socket_offload",), counted=True).run(command, timeout=300, output=output)
-        text = output.read_text()
-    if status:
-        raise RuntimeError(f"the VM's part ended with {status}:\n{text[-3000:]}")
-    report.rows = json.loads(text.split(_MARK, 1)[1].splitlines()[0])
+    report = Report("moves", CAVEAT, details={"guest_kernel": counted.KERNEL})
+    report.rows = counted.measure("tests.performance.moves", "50" if options.quick else "400", timeout=300)
     report.bars = judge(report.rows)
     if options.plot:
         plot(report.rows, options.plot)

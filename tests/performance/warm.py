@@ -9,7 +9,6 @@ every 200th packet of data, so that all sides lose equally."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -30,7 +29,7 @@ from rich.table import Table
 from tests.client import make_content
 from tests.namespaces.deployment import Deployment, deployed
 from tests.namespaces.topology import Network, routed
-from tests.performance import bench
+from tests.performance import bench, counted
 from tests.performance.bench import Bar, Report
 
 SIZE = 1_400_000
@@ -39,7 +38,6 @@ LOSSES = (0.0, 0.5)
 """Percent."""
 LIMIT = 1.03
 ROUND_TRIP_MS, RATE = 50, "100mbit"
-KERNEL = "6.12"
 CAVEAT = (
     "Three network namespaces in one VM, whose processor is emulated and whose clock counts its instructions, one a nanosecond:"
     " delays and processor time stand in proportion, on a slow machine. Loss is regular, and comes behind the slow link."
@@ -54,7 +52,6 @@ table netdev loss {{
     }}
 }}
 """
-_MARK = "RESULT "
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,7 @@ def inside(plan: Plan) -> None:
                     rows.append({"side": side, "loss": loss, "repeat": repeat, **run_once(deployment, plan)})
                     print(side, loss, round(rows[-1]["seconds"], 3), flush=True)
         counters = {side: deployment.counters() for side, deployment in sides.items()}
-    print(_MARK + json.dumps({"rows": rows, "media_servers": counters}), flush=True)
+    counted.tell({"rows": rows, "media_servers": counters})
 
 
 # Judging: pure.
@@ -215,27 +212,13 @@ def main() -> int:
         return 0
     options = bench.arguments("what a handoff costs a distant client")
     plan = QUICK if options.quick else FULL
-    report = Report("warm", CAVEAT, details={"guest_kernel": KERNEL})
-    found = _measure(options, plan)
+    report = Report("warm", CAVEAT, details={"guest_kernel": counted.KERNEL})
+    found = counted.measure("tests.performance.warm", *(["--quick"] if options.quick else []), timeout=plan.timeout)
     report.rows, report.details["media_servers"] = found["rows"], found["media_servers"]
     report.bars = judge(report.rows, found["media_servers"], plan)
     if options.plot:
         plot(report, options.plot)
     return bench.finish(report, options, tables(report))
-
-
-def _measure(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
-    from tests.vm.other_kernel import OtherKernel
-
-    command = [sys.executable, "-m", "tests.performance.warm", "--inside", *(["--quick"] if options.quick else [])]
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "output"
-        status = OtherKernel(KERNEL, ("socket_offload",), counted=True).run(command, timeout=plan.timeout, output=output)
-        text = output.read_text()
-    if status:
-        raise RuntimeError(f"the VM's part ended with {status}:\n{text[-3000:]}")
-    found: dict[str, Any] = json.loads(text.split(_MARK, 1)[1].splitlines()[0])
-    return found
 
 
 if __name__ == "__main__":
