@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from guest_agent.handoff.backend import explain
 from guest_agent.handoff.socket_offload import Device
+from vm_images.command import BuildError, run
+from vm_images.module import copy_sources
 
 NAME = "socket_offload"
 SOURCE = Path(__file__).resolve().parents[1] / "host_module" / NAME
@@ -35,9 +36,11 @@ def build(headers: Path | None = None) -> Path:
     headers = headers or Path("/lib/modules") / platform.release() / "build"
     if not (headers / "Makefile").exists():
         raise ModuleError(f"no kernel headers at {headers}", f"apt-get install linux-headers-{platform.release()}")
+    if not SOURCE.exists():
+        raise ModuleError(f"the module's sources are not here ({SOURCE})", "run ./run streamlift module build in a checkout")
     work = Path("/var/lib/streamlift/module")
     shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(SOURCE, work, ignore=shutil.ignore_patterns("*.o", "*.ko", "*.mod*", ".*"))
+    copy_sources(SOURCE, work)
     _run("make", "-s", "-C", str(work), f"KDIR={headers}")
     target = built()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,9 +73,6 @@ def _run(*command: str) -> None:
     if os.geteuid() != 0:
         raise ModuleError("kernel modules need root", "run it with sudo")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        package = "make gcc" if command[0] == "make" else "kmod"
-        raise ModuleError(f"{command[0]} is not installed", f"apt-get install {package}") from None
-    if done.returncode:
-        raise ModuleError(f"{command[0]}: {(done.stderr or done.stdout).strip()[-500:]}")
+        run(command)
+    except BuildError as error:
+        raise ModuleError(str(error)) from None

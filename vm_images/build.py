@@ -54,7 +54,7 @@ def build(kernel: str = DEFAULT_KERNEL, *, progress: Progress = lambda line: Non
     with _locked(cache / "lock"):
         base = _base(cache, progress=progress)
         unpacked = _kernel(cache, series=kernel, progress=progress)
-        module = _module(cache, GUEST_MODULE, kernel=unpacked, progress=progress)
+        module = module_against(headers(unpacked, progress=progress), GUEST_MODULE, progress=progress)
         return _image(cache, base=base, kernel=unpacked, module=module, progress=progress)
 
 
@@ -71,27 +71,27 @@ def module(name: str, series: str = DEFAULT_KERNEL, *, progress: Progress = lamb
     found = kernel(series, progress=progress)
     cache = cache_directory()
     with _locked(cache / "lock"):
-        return _module(cache, name, kernel=found, progress=progress)
+        return module_against(headers(found, progress=progress), name, progress=progress)
 
 
 def headers(found: kernels.Kernel, *, progress: Progress = lambda line: None) -> Path:
-    """The unpacked headers of a kernel."""
+    """The headers of a kernel: a tree to build modules against."""
     path = cache_directory() / f"headers-{found.release}-{key(_text(RECIPE / 'module.py'))}"
     with layer(path) as (directory, missing):
         if missing:
             progress(f"fetching the headers of Linux {found.release}")
             modules.unpack_headers(found.release, directory=directory)
-    return path
+    return modules.folder(path, release=found.release)
 
 
-def _module(cache: Path, name: str, *, kernel: kernels.Kernel, progress: Progress) -> Path:
-    source = RECIPE.parent / "host_module" / name
-    tree = headers(kernel, progress=progress)
-    built = cache / f"module-{name}-{key(tree.name, *map(_text, modules.sources(source)))}"
+def module_against(tree: Path, name: str, *, progress: Progress = lambda line: None) -> Path:
+    """NAME.ko of `host_module/NAME`, built against a tree in the cache."""
+    source, cache = RECIPE.parent / "host_module" / name, cache_directory()
+    built = cache / f"module-{name}-{key(str(tree.relative_to(cache)), *map(_text, modules.sources(source)))}"
     with layer(built) as (directory, missing):
         if missing:
-            progress(f"building {name}.ko for Linux {kernel.release}")
-            modules.build_module(source, headers=tree, release=kernel.release, directory=directory)
+            progress(f"building {name}.ko against {tree.name}")
+            modules.build_module(source, tree=tree, directory=directory)
     return built / f"{name}.ko"
 
 

@@ -39,30 +39,26 @@ def folder(directory: Path, *, release: str) -> Path:
     return directory / "unpacked" / f"{HEADERS[1:]}{release}"
 
 
-def build_module(source: Path, *, headers: Path, release: str, directory: Path) -> None:
-    """Leave the module in `directory`, the same bytes wherever that is. A warning is an error."""
-    build_against(source, tree=folder(headers, release=release), directory=directory)
-
-
-def build_against(source: Path, *, tree: Path, directory: Path) -> None:
-    """The same against any prepared kernel tree."""
-    _copy_sources(source, directory)
+def build_module(source: Path, *, tree: Path, directory: Path) -> None:
+    """Build against a prepared kernel tree and leave the module in `directory`, the same bytes wherever that is. A warning is
+    an error."""
+    copy_sources(source, directory)
     variables = {"KCFLAGS": f"-Werror -ffile-prefix-map={directory}=. -ffile-prefix-map={tree}=headers"}
     run(["make", "-s", f"KDIR={tree}", "W=1"], directory=directory, environment=variables)
     run(["strip", "--strip-debug", "--remove-section=.note.gnu.build-id", f"{source.name}.ko"], directory=directory)
 
 
-def sparse(source: Path, *, headers: Path, release: str, directory: Path) -> list[str]:
+def sparse(source: Path, *, tree: Path, directory: Path) -> list[str]:
     """What sparse(1) says of the module's own files."""
-    _copy_sources(source, directory)
-    tree = folder(headers, release=release)
+    copy_sources(source, directory)
     command = f"make -s KDIR={tree} C=2 CF=-D__CHECK_ENDIAN__ 2>&1"
     lines = run(["sh", "-c", command], directory=directory).splitlines()
     return [line for line in lines if line.startswith(str(directory)) and ("warning" in line or "error" in line)]
 
 
-def _copy_sources(source: Path, directory: Path) -> None:
+def copy_sources(source: Path, directory: Path) -> None:
+    """Nothing that a build has left."""
     for path in sources(source):
         copy = directory / path.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)

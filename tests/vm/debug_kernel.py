@@ -16,8 +16,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.vm.other_kernel import ROOT, OtherKernel
-from vm_images import build, module
+from tests.vm.other_kernel import OtherKernel
+from vm_images import build
 from vm_images.command import run
 from vm_images.kernel import Kernel
 from vm_images.packages import fetch
@@ -35,17 +35,17 @@ cat /sys/kernel/debug/kmemleak
 
 
 def source() -> Path:
-    """The built kernel tree; half an hour on two processors when it is not there yet."""
-    cache = build.cache_directory()
-    key = build.key(CONFIG.read_text(encoding="utf-8"), Path(__file__).read_text(encoding="utf-8"))
-    with build.layer(cache / f"debug-{SERIES}-{key}") as (directory, missing):
+    """The built kernel tree; making it takes long."""
+    release = build.kernel(SERIES).release
+    path = build.cache_directory() / f"debug-{release}-{build.key(CONFIG.read_text(encoding='utf-8'))}"
+    with build.layer(path) as (directory, missing):
         if missing:
             unpacked = fetch(f"linux-source-{SERIES}", directory=directory)
             archive = unpacked / "usr" / "src" / f"linux-source-{SERIES}.tar.xz"
             run(["tar", "--extract", "--file", archive, "--directory", directory])
             shutil.rmtree(unpacked)
             _make(directory / f"linux-source-{SERIES}")
-    return cache / f"debug-{SERIES}-{key}" / f"linux-source-{SERIES}"
+    return path / f"linux-source-{SERIES}"
 
 
 def _make(tree: Path) -> None:
@@ -56,6 +56,7 @@ def _make(tree: Path) -> None:
     lost = [line for line in wanted if line not in settings]
     print(f"not to be had in this kernel: {', '.join(lost) or 'nothing'}", file=sys.stderr)
     run(["make", "-s", f"-j{os.cpu_count()}", "bzImage", "modules"], directory=tree)
+    (tree / "empty" / "lib" / "modules").mkdir(parents=True)
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,11 @@ class DebugKernel(OtherKernel):
         """The built tree, as if it were unpacked from a package."""
         tree = source()
         release = (tree / "include" / "config" / "kernel.release").read_text(encoding="ascii").strip()
-        (tree / "empty" / "lib" / "modules").mkdir(parents=True, exist_ok=True)
-        image = build.kernel(SERIES).image.parent / "debug-vmlinuz"
-        shutil.copyfile(tree / "arch" / "x86" / "boot" / "bzImage", image)
-        return Kernel(release=release, image=image, modules=tree / "empty")
+        return Kernel(release=release, image=tree / "arch" / "x86" / "boot" / "bzImage", modules=tree / "empty")
 
     def module(self, name: str) -> Path:
-        """Built in a folder of its own each time."""
-        directory = Path(tempfile.mkdtemp(prefix="streamlift-module-"))
-        module.build_against(ROOT / "host_module" / name, tree=source(), directory=directory)
-        return directory / f"{name}.ko"
+        """NAME.ko, built against the tree."""
+        return build.module_against(source(), name)
 
     def early(self, kernel: Kernel) -> list[Path]:
         """Nothing."""

@@ -32,10 +32,12 @@ while read -r module; do $b insmod "/modules/$module"; done < /modules/order
 share() { $b mkdir -p "$2"; $b mount -t 9p -o "trans=virtio,version=9p2000.L,msize=524288,$3" "$1" "$2" || echo "no share $1"; }
 $b mkdir /over
 $b mount -t tmpfs none /over
-$b mkdir /over/upper /over/work
+$b mkdir /over/upper /over/work /over/modules /over/modules-work
 share root /lower ro,cache=loose
 $b mount -t overlay -o lowerdir=/lower,upperdir=/over/upper,workdir=/over/work none /root
-share kernel "/root/lib/modules" ro,cache=loose
+share kernel /kernel ro,cache=loose
+$b mkdir -p /root/lib/modules
+$b mount -t overlay -o lowerdir=/kernel,upperdir=/over/modules,workdir=/over/modules-work none /root/lib/modules
 share work /root/outside rw,cache=none
 for place in dev proc sys; do $b mount -o move "/$place" "/root/$place"; done
 for place in run dev/shm; do $b mkdir -p "/root/$place"; $b mount -t tmpfs none "/root/$place"; done
@@ -70,7 +72,8 @@ class OtherKernel:
             if output is not None:
                 output.unlink(missing_ok=True)
                 os.link(work / "output", output)
-            write_initramfs(work / "initrd", busybox=build.busybox(kernel), modules=self.early(kernel), init=INIT)
+            busybox = build.busybox(build.kernel(self.series))
+            write_initramfs(work / "initrd", busybox=busybox, modules=self.early(kernel), init=INIT)
             self._boot(kernel, work, timeout)
             if not (work / "status").exists():
                 raise RuntimeError(f"Linux {kernel.release} ended early:\n{_tail(work / 'console')}\n{_tail(work / 'output')}")

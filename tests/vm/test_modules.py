@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -39,15 +41,17 @@ def run_inside(series: str, output: Path, script: str) -> str:
 @pytest.mark.parametrize("series", SERIES)
 def test_sparse(series: str, tmp_path: Path) -> None:
     """Address spaces, byte orders and locks, as sparse(1) sees them; the build itself takes a warning (W=1) for an error."""
-    kernel = build.kernel(series)
     source = ROOT / "host_module" / "socket_offload"
-    assert module.sparse(source, headers=build.headers(kernel), release=kernel.release, directory=tmp_path) == []
+    assert module.sparse(source, tree=build.headers(build.kernel(series)), directory=tmp_path) == []
 
 
 @pytest.mark.parametrize("series", SERIES)
 def test_socket_offload(series: str, tmp_path: Path) -> None:
     """The state matrix, and the calls."""
-    assert "passed" in run_inside(series, tmp_path / "output", pytest_command("tests/host_module"))
+    text = run_inside(series, tmp_path / "output", pytest_command("tests/host_module"))
+    passed = re.search(r"(\d+) passed", text)
+    assert passed is not None
+    assert int(passed[1]) >= 228, "the state matrix alone has as many"
 
 
 @pytest.mark.parametrize("series", SERIES)
@@ -59,3 +63,16 @@ def test_end_to_end(series: str, tmp_path: Path) -> None:
         STREAMLIFT_BACKENDS={CROSS[series]} {pytest_command(suite, "-k", EVERY_BYTE)}"""
     text = run_inside(series, tmp_path / "output", script)
     assert "2 passed" in text and "1 passed" in text
+
+
+def test_command_line(tmp_path: Path) -> None:
+    """`streamlift module` builds against installed headers, loads what it built, and knows it."""
+    tree = build.headers(build.kernel("6.12"))
+    command = f"{sys.executable} -m hypervisor_svc module"
+    script = f"{command} build --headers {tree}; {command} load; {command} status --json"
+    output = tmp_path / "output"
+    status = OtherKernel("6.12").run(["sh", "-c", f"set -e; {script}"], timeout=200, output=output)
+    text = output.read_text()
+    assert status == 0, text
+    facts = json.loads(text.splitlines()[-1])
+    assert facts["built"] and facts["loaded"] and facts["backend"] == "socket_offload", facts
