@@ -381,7 +381,7 @@ static bool stands_ready(const struct sock *sk, const struct skoff_snapshot *s, 
 	return skoff_is_frozen(sk) && is_empty(sk) && stands_at(sk, s, local, port);
 }
 
-static int complete(struct socket *sock, const struct blob *blob, u32 *reason)
+static int fill_or_give_up(struct socket *sock, const struct blob *blob, u32 *reason)
 {
 	int err = fill(sock->sk, blob, reason);
 
@@ -428,7 +428,7 @@ int skoff_import_into(struct socket *sock, struct skoff_import *call)
 		goto out;
 
 	lock_sock(sk);
-	err = stands_ready(sk, s, local, port) ? complete(sock, blob, &call->reason) : -EBUSY;
+	err = stands_ready(sk, s, local, port) ? fill_or_give_up(sock, blob, &call->reason) : -EBUSY;
 	release_sock(sk);
 out:
 	kfree(blob);

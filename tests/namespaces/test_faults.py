@@ -85,6 +85,7 @@ def trial(folder: Path, share: Path, *, broken: int = 0, home: float = 15, **opt
         with capture.captured(network.client, folder / "link.pcap"):
             found = Trial(deployment, network, folder, broken)
             yield found
+            wait_for(lambda: deployment.counters()["open_connections"] == 1, "the load's connections have ended", patience=home)
             _assert_works(deployment)
         wait_for(lambda: not deployment.call("connections")["connections"], "nothing is out", patience=home)
         wait_for(lambda: _left(deployment) <= before, f"what was before: {before}, now {_left(deployment)}")
