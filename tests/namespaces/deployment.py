@@ -46,7 +46,7 @@ class Process:
 
     def start(self, **faults: str) -> None:
         """Start it; `faults` become environment variables of this life only."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **self.environment, **faults}
+        environment = {"PYTHONPATH": str(ROOT), **os.environ, **self.environment, **faults}
         with self.log.open("ab") as log:
             self.popen = self.where.popen(self.argv, env=environment, stdout=log, stderr=log, cwd=str(ROOT))
 

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transport streams whose every packet is different, for tests."""
+
+from __future__ import annotations
+
+import random
+import struct
+
+PACKET = 188
+PAT_PID, PMT_PID, VIDEO_PID = 0, 0x100, 0x101
+
+
+def packet(pid: int, payload: bytes = b"", *, start: bool = False, random_access: bool = False, filler: bytes = b"\xff") -> bytes:
+    """One packet; what `payload` leaves is adaptation field (with a payload) or `filler`."""
+    flags = (0x40 if start else 0) | pid >> 8
+    adaptation = (0x30, 1, 0x40) if random_access else (0x10,)
+    body = bytes((0x47, flags, pid & 0xFF, *adaptation)) + payload
+    return body + (filler * PACKET)[: PACKET - len(body)]
+
+
+def pat() -> bytes:
+    """Names one programme; its PMT is on PMT_PID. The checksum is not looked at by anybody here."""
+    section = struct.pack(">BHHBBBHHI", 0, 0xB00D, 1, 0xC1, 0, 0, 1, 0xE000 | PMT_PID, 0)
+    return packet(PAT_PID, b"\0" + section, start=True)
+
+
+def pmt() -> bytes:
+    """Of that programme."""
+    return packet(PMT_PID, b"\0\x02\xb0\x12\0\x01\xc1\0\0\xe1\x01\xf0\0\x1b\xe1\x01\xf0\0", start=True)
+
+
+def stream(groups: int, *, length: int = 20, seed: int = 1) -> list[bytes]:
+    """Packets: `groups` of pictures, each begins with PAT, PMT and a random access point."""
+    chance = random.Random(seed)
+    packets = []
+    for _ in range(groups):
+        packets += [pat(), pmt(), packet(VIDEO_PID, chance.randbytes(100), start=True, random_access=True)]
+        packets += [packet(VIDEO_PID, chance.randbytes(180)) for _ in range(length - 3)]
+    return packets
