@@ -59,6 +59,10 @@ class Policy(_Section):
     max_connections_per_vm: int = Field(default=4096, ge=1, description="Connections of one VM that may be out at once.")
     max_queue_bytes: int = Field(default=16 << 20, ge=65536, le=16 << 20, description="Queued bytes that may travel with a socket.")
     max_frames_per_second: int = Field(default=20000, ge=10, description="Messages a second; a guest that sends more waits.")
+    vm_priority: dict[str, Literal["low", "normal", "high"]] = Field(
+        default_factory=dict,
+        description="Class of a VM by its name, else normal: while one of a higher class has something to send, lower ones wait.",
+    )
 
 
 class Serve(_Section):
@@ -183,8 +187,9 @@ def _section_lines(header: str, model: type[BaseModel], *, comment: bool) -> Ite
     yield f"# {header}" if comment else header
     for name, field in model.model_fields.items():
         yield f"# {field.description}"
-        required = field.is_required() or field.default is None
-        yield f"# {name} = ..." if required or comment else f"{name} = {_toml(field.default)}"
+        default = field.get_default(call_default_factory=True)
+        required = field.is_required() or default is None
+        yield f"# {name} = ..." if required or comment else f"{name} = {_toml(default)}"
     yield ""
 
 
@@ -193,4 +198,6 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return str(list(value))
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
     return f'"{value}"' if isinstance(value, str) else str(value)

@@ -21,6 +21,7 @@ from hypervisor_svc.channel import Channel
 from hypervisor_svc.domains import Machine
 from hypervisor_svc.policy import Job
 from hypervisor_svc.redirect import Flow
+from hypervisor_svc.schedule import PRIORITIES
 
 
 @dataclass(eq=False, repr=False)
@@ -43,6 +44,11 @@ class Guest:
         """How its agent moves sockets (`guest_agent/handoff/backend.py`)."""
         backends = self.hello.get("backends")
         return str(backends[0]) if isinstance(backends, list) and backends else "tcp_repair"
+
+    @property
+    def level(self) -> int:
+        """The VM's class (`schedule.py`)."""
+        return PRIORITIES.index(self.machine.priority)
 
     def send(self, header: Header, body: bytes = b"") -> bool:
         """Send to the guest; False if its channel is down."""

@@ -29,7 +29,8 @@ INTERVAL = 5.0  # seconds between comparisons when no event asks for one
 
 @dataclass(frozen=True)
 class Machine:
-    """A running VM with our channel. `bridge` is the host's bridge that it is a port of, None if it is routed."""
+    """A running VM with our channel. `bridge` is the host's bridge that it is a port of, None if it is routed; `priority` its
+    class (`schedule.py`)."""
 
     name: str
     uuid: str
@@ -37,6 +38,7 @@ class Machine:
     share: str | None
     addresses: tuple[str, ...]
     bridge: str | None = None
+    priority: str = "normal"
 
 
 class Domains:

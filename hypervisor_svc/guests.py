@@ -27,6 +27,7 @@ from hypervisor_svc.handoff import Handoff
 from hypervisor_svc.inject import Injector
 from hypervisor_svc.policy import check_flow, read_job, read_token
 from hypervisor_svc.redirect import Flow, Redirect
+from hypervisor_svc.schedule import Schedule
 from hypervisor_svc.serve import Server
 
 log = logging.getLogger("streamlift.guests")
@@ -76,7 +77,8 @@ class Guests:
         self._about, self._limits, self._keep, self._injector = about, limits, keep, injector
         self._handoff = Handoff(backend, redirect, keep, self.durations)
         self._hand_back = HandBack(backend, redirect, keep, injector, self.durations, collect=self.collect_held)
-        self._server = Server(quantum=quantum, on_finished=self._finished, on_gone=self._client_gone)
+        self.schedule = Schedule()
+        self._server = Server(self.schedule, quantum=quantum, on_finished=self._finished, on_gone=self._client_gone)
         self._by_uuid: dict[str, Guest] = {}
         self._by_cookie: dict[int, Connection] = {}
         self._offered_flows: OrderedDict[str, Flow] = OrderedDict()
@@ -130,6 +132,7 @@ class Guests:
         for uuid in list(self._by_uuid):
             self.machine_down(uuid)
         self._server.close()
+        self.schedule.close()
         self._meter.cancel()
         if self._keep is not None:
             self._loop.remove_reader(self._keep)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from guest_agent.handoff.errors import GuestError, HandoffError, HostError, Reason
 from guest_agent.handoff.snapshot import CLOSE_WAIT, ESTABLISHED, Snapshot, decode
 from guest_agent.handoff.wire import Header
+from hypervisor_svc.schedule import PRIORITIES
 
-PRIORITIES = ("low", "normal", "high")
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 _LARGEST = 1 << 62
 _HAND_OUT_FIELDS = frozenset({"type", "token", "path", "inode", "offset", "count", "priority", "snapshot"})

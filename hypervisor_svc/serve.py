@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step 6a: serve. sendfile(2) from the shared folder's page cache to many clients at once, in one thread.
 
-Each VM has a queue of connections that can take bytes; the VMs take turns, a quantum each, so that a VM with a thousand
-clients does not starve one with a single client; within a VM, higher priorities come first. Sockets sit in one
+Connections that can take bytes take turns, a quantum each, in the order of `schedule.py`. Sockets sit in one
 edge-triggered epoll. A part of a file that is not in the page cache is read in by a small pool of threads first, so the
 disk never stops the loop (preadv2(2), RWF_NOWAIT).
 
@@ -18,16 +17,15 @@ import fcntl
 import os
 import select
 import socket
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import Reason
 from guest_agent.handoff.restore import set_congestion
 from guest_agent.handoff.state import Host
-from hypervisor_svc.connection import Connection, Guest
-from hypervisor_svc.policy import PRIORITIES
+from hypervisor_svc.connection import Connection
+from hypervisor_svc.schedule import PRIORITIES, Schedule
 
 _SO_TIMESTAMPING = 37
 _TX_ACK, _OPT_TSONLY = 1 << 9, 1 << 11
@@ -36,7 +34,6 @@ _READ_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.EUCLEAN, errno.EBADMSG}
 SWEEP_INTERVAL = 0.05
 COLD_CONGESTION = "reno"
 """Of a socket that is to be BBR's: plain slow start (RFC 5681) for the first round trip."""
-TURNS_PER_ROUND = 16
 
 
 class Server:
@@ -45,19 +42,19 @@ class Server:
 
     def __init__(
         self,
+        schedule: Schedule,
         *,
         quantum: int,
         on_finished: Callable[[Connection], None],
         on_gone: Callable[[Connection, int], None],
     ) -> None:
-        self._quantum, self._on_finished, self._on_gone = quantum, on_finished, on_gone
+        self._schedule, self._quantum = schedule, quantum
+        self._on_finished, self._on_gone = on_finished, on_gone
         self._loop = asyncio.get_running_loop()
         self._epoll = select.epoll()
-        self._by_fd: dict[int, Connection] = {}
-        self._ready: dict[Guest, tuple[deque[Connection], ...]] = {}
+        self._by_fd: dict[int, _Sending] = {}
         self._waiting_for_ack: set[Connection] = set()
         self._fetching: set[Connection] = set()
-        self._round: asyncio.Handle | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="streamlift-read")
         self._loop.add_reader(self._epoll, self._events)
@@ -67,15 +64,14 @@ class Server:
         self._loop.remove_reader(self._epoll)
         self._epoll.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
-        for handle in (self._round, self._sweep):
-            if handle:
-                handle.cancel()
+        if self._sweep is not None:
+            self._sweep.cancel()
 
     def add(self, connection: Connection) -> None:
         """Serve from now on; the first bytes leave before this returns."""
         assert connection.sock is not None
         fd = connection.sock.fileno()
-        self._by_fd[fd] = connection
+        self._by_fd[fd] = _Sending(connection, self._advance)
         self._advance(connection)
         if fd in self._by_fd:
             self._epoll.register(fd, _EVENTS)
@@ -83,19 +79,18 @@ class Server:
     def remove(self, connection: Connection) -> None:
         """Stop serving at a byte boundary; idempotent."""
         self._waiting_for_ack.discard(connection)
-        if connection.sock is None or self._by_fd.pop(connection.sock.fileno(), None) is None:
+        sending = self._by_fd.pop(connection.sock.fileno(), None) if connection.sock is not None else None
+        if sending is None or connection.sock is None:
             return
         with contextlib.suppress(OSError):
             self._epoll.unregister(connection.sock.fileno())
-        for queue in self._ready.get(connection.guest, ()):
-            if connection in queue:
-                queue.remove(connection)
+        self._schedule.remove(sending)
 
     def _events(self) -> None:
         for fd, events in self._epoll.poll(0, 256):
-            connection = self._by_fd.get(fd)
-            if connection is not None:
-                self._event(connection, events)
+            sending = self._by_fd.get(fd)
+            if sending is not None:
+                self._event(sending.connection, events)
 
     def _event(self, connection: Connection, events: int) -> None:
         assert connection.sock is not None
@@ -114,28 +109,10 @@ class Server:
     # Turns.
 
     def _enqueue(self, connection: Connection) -> None:
-        queues = self._ready.get(connection.guest)
-        if queues is None:
-            queues = self._ready[connection.guest] = tuple(deque() for _ in PRIORITIES)
-        queue = queues[PRIORITIES.index(connection.job.priority)]
-        if connection not in queue:
-            queue.append(connection)
-        if self._round is None:
-            self._round = self._loop.call_soon(self._take_turns)
-
-    def _take_turns(self) -> None:
-        self._round = None
-        for _ in range(TURNS_PER_ROUND):
-            for guest in list(self._ready):
-                connection = _next(self._ready[guest])
-                if connection is None:
-                    del self._ready[guest]
-                else:
-                    self._advance(connection)
-            if not self._ready:
-                return
-        if self._round is None:
-            self._round = self._loop.call_soon(self._take_turns)
+        assert connection.sock is not None
+        sending = self._by_fd.get(connection.sock.fileno())
+        if sending is not None:
+            self._schedule.add(sending)
 
     def _advance(self, connection: Connection) -> None:
         """One quantum. The file's part is in memory, or is fetched first; meanwhile nothing else of it is sent."""
@@ -232,12 +209,25 @@ class Server:
             self._send(connection, offset, length)
 
 
-def _next(queues: tuple[deque[Connection], ...]) -> Connection | None:
-    """The first connection of the highest priority."""
-    for queue in reversed(queues):
-        if queue:
-            return queue.popleft()
-    return None
+class _Sending:
+    """A connection that is served, as a `schedule.Task`."""
+
+    def __init__(self, connection: Connection, advance: Callable[[Connection], None]) -> None:
+        self.connection, self._advance = connection, advance
+
+    @property
+    def owner(self) -> Hashable:
+        """See `schedule.Task`."""
+        return self.connection.guest
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """See `schedule.Task`."""
+        return self.connection.guest.level, PRIORITIES.index(self.connection.job.priority)
+
+    def turn(self) -> None:
+        """See `schedule.Task`."""
+        self._advance(self.connection)
 
 
 def paces(congestion: str) -> bool:

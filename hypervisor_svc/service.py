@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import platform
@@ -124,8 +125,9 @@ class Service:
             stack.callback(domains.stop)
 
     def _machine_up(self, machine: Machine) -> None:
+        priority = self._config.policy.vm_priority.get(machine.name, machine.priority)
         self._redirect.place(machine.addresses, machine.bridge)
-        self._guests.machine_up(machine)
+        self._guests.machine_up(dataclasses.replace(machine, priority=priority))
 
     async def _drain(self) -> None:
         """Before the end: everything that is out goes home, within DRAIN_LIMIT."""

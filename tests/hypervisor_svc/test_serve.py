@@ -24,6 +24,7 @@ from hypervisor_svc.connection import Connection, Guest
 from hypervisor_svc.domains import Machine
 from hypervisor_svc.policy import Job
 from hypervisor_svc.redirect import Flow
+from hypervisor_svc.schedule import Schedule
 from tests.guest_agent.handoff.samples import SNAPSHOT
 
 QUANTUM = 1 << 16
@@ -37,7 +38,7 @@ class Bench:
         self._over: dict[Connection, asyncio.Future[int]] = {}
         self._stack = contextlib.ExitStack()
         self.order: list[Guest] = []
-        self.server = serve.Server(quantum=QUANTUM, on_finished=self._finished, on_gone=self._gone)
+        self.server = serve.Server(Schedule(), quantum=QUANTUM, on_finished=self._finished, on_gone=self._gone)
 
     def close(self) -> None:
         self.server.close()
@@ -255,6 +256,13 @@ def test_finished_means_acknowledged(make_file: Callable[[str, int], Path], tmp_
     asyncio.run(run())
 
 
+def _make_ready(bench: Bench, connection: Connection) -> None:
+    """Its socket has room."""
+    assert connection.sock is not None
+    bench.server._by_fd[connection.sock.fileno()] = serve._Sending(connection, bench.server._advance)
+    bench.server._enqueue(connection)
+
+
 def test_machines_take_turns(make_file: Callable[[str, int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A VM with one client gets as many turns as one with twenty."""
     file = make_file("large", 40 * QUANTUM)
@@ -266,8 +274,7 @@ def test_machines_take_turns(make_file: Callable[[str, int], Path], tmp_path: Pa
             many, one = bench.guest("many"), bench.guest("one")
             for guest, connections in ((many, 20), (one, 1)):
                 for _ in range(connections):
-                    connection, _ = bench.connect(guest, file)
-                    bench.server._enqueue(connection)
+                    _make_ready(bench, bench.connect(guest, file)[0])
             for _ in range(3):
                 await asyncio.sleep(0)
             return turns
@@ -289,7 +296,7 @@ def test_priorities(
             monkeypatch.setattr(bench.server, "_advance", lambda connection: turns.append(connection.job.priority))
             guest = bench.guest()
             for priority in order:
-                bench.server._enqueue(bench.connect(guest, file, priority=priority)[0])
+                _make_ready(bench, bench.connect(guest, file, priority=priority)[0])
             for _ in range(2):
                 await asyncio.sleep(0)
             return turns
@@ -321,3 +328,24 @@ def test_unreadable_part(make_file: Callable[[str, int], Path], tmp_path: Path, 
             assert dataclasses.asdict(connection.job)["path"] in connection.message
 
     asyncio.run(run())
+
+
+def test_a_vm_of_a_higher_class_comes_first(
+    make_file: Callable[[str, int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the other says of its own transfers."""
+    file = make_file("file", QUANTUM)
+
+    async def run() -> list[str]:
+        async with _bench(tmp_path) as bench:
+            turns: list[str] = []
+            monkeypatch.setattr(bench.server, "_advance", lambda connection: turns.append(connection.guest.machine.name))
+            cheap, dear = bench.guest("cheap"), bench.guest("dear")
+            dear.machine = dataclasses.replace(dear.machine, priority="high")
+            for guest, priority in ((cheap, "high"), (dear, "low"), (cheap, "high"), (dear, "low")):
+                _make_ready(bench, bench.connect(guest, file, priority=priority)[0])
+            for _ in range(2):
+                await asyncio.sleep(0)
+            return turns
+
+    assert asyncio.run(run()) == ["dear", "dear", "cheap", "cheap"]
