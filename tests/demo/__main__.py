@@ -107,8 +107,8 @@ def keep(product: Product) -> None:
         out.print(f"  {paths}", soft_wrap=True)
         out.print("What becomes of the transfers:", soft_wrap=True)
         out.print(f"  ./run streamlift --config {product.config} status", soft_wrap=True)
-        out.print("Ctrl-C ends it and cleans up.")
         with contextlib.suppress(KeyboardInterrupt):
+            out.print("Ctrl-C ends it and cleans up.")
             signal.pause()
 
 
@@ -123,6 +123,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Entry point; the exit status."""
     options = arguments()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with stage("building the guest image") as progress:
         build(progress=progress)

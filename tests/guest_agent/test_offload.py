@@ -395,7 +395,7 @@ def test_an_agent_that_is_behind(agent: ProtocolAgent, pair: Pair, blob: IO[byte
 
 
 def test_what_was_written_goes_first(agent: ProtocolAgent, pair: Pair, blob: IO[bytes]) -> None:
-    head = os.urandom(9_000_000)
+    head = os.urandom(40_000_000)
 
     async def scenario() -> None:
         _, writer = await asyncio.open_connection(sock=pair[0])
