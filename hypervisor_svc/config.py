@@ -72,6 +72,23 @@ class Serve(_Section):
     orphan_timeout_seconds: float = Field(default=10.0, ge=0.1, le=600, description="How long a connection waits for a lost agent.")
 
 
+class RelaySection(_Section):
+    """One source, many sinks."""
+
+    max_relays_per_vm: int = Field(default=64, ge=0, description="Relays of one VM that may be open at once.")
+    max_ring_bytes_per_vm: int = Field(default=256 << 20, ge=4096, description="What the rings of one VM's relays may keep.")
+    udp_ports: tuple[int, int] | None = Field(
+        default=None, description="UDP ports of this host that VMs may take for sources, first and last; default: none."
+    )
+
+    @field_validator("udp_ports")
+    @classmethod
+    def _ports(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 1024 <= value[0] <= value[1] <= 65535:
+            raise ValueError("two ports from 1024 to 65535, the smaller first")
+        return value
+
+
 class Libvirt(_Section):
     """Where VMs are found."""
 
@@ -101,6 +118,7 @@ class Config(_Section):
     redirect: RedirectSection = Field(default_factory=RedirectSection)
     policy: Policy = Field(default_factory=Policy)
     serve: Serve = Field(default_factory=Serve)
+    relay: RelaySection = Field(default_factory=RelaySection)
     libvirt: Libvirt = Field(default_factory=Libvirt)
     vm: tuple[StaticVm, ...] = ()
 

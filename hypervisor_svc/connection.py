@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from guest_agent.handoff import fault
 from guest_agent.handoff.errors import Reason
@@ -23,6 +24,9 @@ from hypervisor_svc.policy import Job
 from hypervisor_svc.redirect import Flow
 from hypervisor_svc.schedule import PRIORITIES
 
+if TYPE_CHECKING:
+    from hypervisor_svc.relay import Relay
+
 
 @dataclass(eq=False, repr=False)
 class Guest:
@@ -32,6 +36,7 @@ class Guest:
     channel: Channel | None = None
     hello: Header = field(default_factory=dict)
     connections: dict[str, Connection] = field(default_factory=dict)
+    relays: dict[str, Relay] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     bytes_sent: int = 0
@@ -64,7 +69,8 @@ class Guest:
 @dataclass(eq=False, repr=False)
 class Connection:
     """A client's connection while the host has it. `sent` counts bytes given to the socket; `ready`: the guest's place-holder
-    stands where the connection will arrive (None: it has not said yet); `direct`: it goes home without a second question."""
+    stands where the connection will arrive (None: it has not said yet); `direct`: it goes home without a second question.
+    `relay`: what it is a sink or the source of, `sink` its number there, `cursor` the entry that it would get next."""
 
     guest: Guest
     job: Job
@@ -88,6 +94,9 @@ class Connection:
     parting: tuple[Header, bytes] | None = None
     fin: bytes = b""
     timer: asyncio.TimerHandle | None = None
+    relay: Relay | None = None
+    sink: int = 0
+    cursor: int | None = None
 
     @property
     def token(self) -> str:

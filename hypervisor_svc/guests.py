@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import logging
 import struct
 from collections import OrderedDict
@@ -25,10 +26,21 @@ from hypervisor_svc.domains import Machine
 from hypervisor_svc.hand_back import HandBack
 from hypervisor_svc.handoff import Handoff
 from hypervisor_svc.inject import Injector
-from hypervisor_svc.policy import check_flow, read_job, read_token
+from hypervisor_svc.policy import (
+    Job,
+    RelayJob,
+    check_flow,
+    read_job,
+    read_relay_job,
+    read_relay_plan,
+    read_token,
+    read_udp_job,
+)
 from hypervisor_svc.redirect import Flow, Redirect
+from hypervisor_svc.relay import RelayLimits, Relays
 from hypervisor_svc.schedule import Schedule
 from hypervisor_svc.serve import Server
+from hypervisor_svc.splice_user import UserEngine
 
 log = logging.getLogger("streamlift.guests")
 
@@ -71,6 +83,7 @@ class Guests:
         injector: Injector,
         quantum: int,
         limits: Limits,
+        relay_limits: RelayLimits,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.durations = Durations()
@@ -79,6 +92,14 @@ class Guests:
         self._hand_back = HandBack(backend, redirect, keep, injector, self.durations, collect=self.collect_held)
         self.schedule = Schedule()
         self._server = Server(self.schedule, quantum=quantum, on_finished=self._finished, on_gone=self._client_gone)
+        self._user_engine = UserEngine(self.schedule)
+        self.relays = Relays(
+            self._user_engine,
+            relay_limits,
+            on_home=self._finished,
+            on_gone=self._client_gone,
+            on_lagged=self._lagged,
+        )
         self._by_uuid: dict[str, Guest] = {}
         self._by_cookie: dict[int, Connection] = {}
         self._offered_flows: OrderedDict[str, Flow] = OrderedDict()
@@ -123,6 +144,7 @@ class Guests:
             return
         assert guest.channel is not None
         guest.channel.stop()
+        self.relays.guest_gone(guest)
         for connection in list(guest.connections.values()):
             self._recall(connection)
             self._end(connection)
@@ -132,6 +154,7 @@ class Guests:
         for uuid in list(self._by_uuid):
             self.machine_down(uuid)
         self._server.close()
+        self._user_engine.close()
         self.schedule.close()
         self._meter.cancel()
         if self._keep is not None:
@@ -143,9 +166,14 @@ class Guests:
         for connection in chosen:
             if not connection.finished:
                 connection.reason, connection.message = reason, "the host gives the connection back"
-            self._server.remove(connection)
+            self._stop(connection)
             self._finished(connection)
         return len(chosen)
+
+    def _stop(self, connection: Connection) -> None:
+        """Send nothing more; idempotent."""
+        self._server.remove(connection)
+        self.relays.release(connection)
 
     # What the channel says.
 
@@ -198,9 +226,20 @@ class Guests:
     # Messages of a guest.
 
     def _on_hand_out(self, guest: Guest, header: Header, body: bytes) -> None:
-        token = read_token(header)
+        self._take(guest, read_token(header), lambda: read_job(header, body), len(body))
+
+    def _on_relay_join(self, guest: Guest, header: Header, body: bytes) -> None:
+        def read() -> Job:
+            job = read_relay_job(header, body)
+            self.relays.check(guest, job)
+            return job
+
+        self._take(guest, read_token(header), read, len(body))
+
+    def _take(self, guest: Guest, token: str, read: Callable[[], Job], queued: int) -> None:
+        """Steps 4 to 6; whatever goes wrong before the commit is a refusal."""
         try:
-            connection = self._offer(guest, header, body)
+            connection = self._offer(guest, read(), queued)
             self._handoff.take(connection)
         except HandoffError as error:
             self._refuse(guest, token, error)
@@ -211,8 +250,7 @@ class Guests:
             raise failure from None
         self._serve(guest, connection)
 
-    def _offer(self, guest: Guest, header: Header, body: bytes) -> Connection:
-        job = read_job(header, body)
+    def _offer(self, guest: Guest, job: Job, queued: int) -> Connection:
         if job.token in guest.connections:
             raise GuestError(Reason.DUPLICATE, "a transfer with this token is under way")
         check_flow(job.snapshot, guest.machine.addresses)
@@ -224,8 +262,8 @@ class Guests:
             raise HostError(Reason.DRAINING, "the VM is being drained")
         if len(guest.connections) >= self._limits.max_connections:
             raise HostError(Reason.TABLE_FULL, f"{self._limits.max_connections} connections of this VM are out")
-        if len(body) > self._limits.max_queue_bytes:
-            raise GuestError(Reason.QUEUE_TOO_LARGE, f"{len(body)} bytes are queued")
+        if queued > self._limits.max_queue_bytes:
+            raise GuestError(Reason.QUEUE_TOO_LARGE, f"{queued} bytes are queued")
         return Connection(guest, job, flow)
 
     def _refuse(self, guest: Guest, token: str, error: HandoffError) -> None:
@@ -245,8 +283,65 @@ class Guests:
             self._end(connection)
             self._tell_failed(connection, error.errno or errno.EIO)
             return
-        self._server.add(connection)
+        if isinstance(connection.job, RelayJob):
+            self._relay(connection)
+        else:
+            self._server.add(connection)
         self.collect_held()
+
+    def _relay(self, connection: Connection) -> None:
+        try:
+            self.relays.take(connection)
+        except HandoffError as error:
+            connection.reason, connection.message = error.reason, str(error)
+            self._finished(connection)
+
+    # What a guest says of relays.
+
+    def _on_relay_open(self, guest: Guest, header: Header, body: bytes) -> None:
+        token = read_token(header)
+        try:
+            self.relays.open(guest, read_relay_plan(header))
+        except HandoffError as error:
+            self._refuse_relay(guest, token, token, error)
+            raise
+        guest.send({"type": "relay_opened", "relay": token})
+
+    def _on_relay_close(self, guest: Guest, header: Header, body: bytes) -> None:
+        relay = guest.relays.get(read_token(header))
+        if relay is not None:
+            self.relays.close(relay)
+
+    def _on_relay_remove(self, guest: Guest, header: Header, body: bytes) -> None:
+        """A sink, or the source, is to come home."""
+        connection = guest.connections.get(read_token(header))
+        if connection is not None and connection.relay is not None:
+            self.relays.release(connection)
+            self._finished(connection)
+
+    def _on_relay_udp(self, guest: Guest, header: Header, body: bytes) -> None:
+        token = read_token(header)
+        try:
+            job = read_udp_job(header)
+            self.relays.add_udp(guest, job)
+        except HandoffError as error:
+            self._refuse_relay(guest, str(header.get("relay")), token, error)
+            raise
+        guest.send({"type": "relay_udp_added", "relay": job.relay, "token": token})
+
+    def _on_relay_udp_remove(self, guest: Guest, header: Header, body: bytes) -> None:
+        relay = guest.relays.get(str(header.get("relay")))
+        if relay is not None:
+            self.relays.remove_udp(relay, read_token(header))
+
+    def _on_relay_status(self, guest: Guest, header: Header, body: bytes) -> None:
+        relay = guest.relays.get(read_token(header))
+        row = self.relays.row(relay) if relay is not None else None
+        guest.send({"type": "relay_status", "relay": read_token(header)}, json.dumps(row).encode())
+
+    def _refuse_relay(self, guest: Guest, relay: str, token: str, error: HandoffError) -> None:
+        reply = {"type": "relay_refused", "relay": relay, "token": token, "reason": error.reason.value}
+        guest.send({**reply, "message": str(error), "errno": error.errno})
 
     def _on_standing_by(self, guest: Guest, header: Header, body: bytes) -> None:
         connection = guest.connections.get(read_token(header))
@@ -381,6 +476,12 @@ class Guests:
         connection.reason = Reason.PEER_GONE
         self._tell_failed(connection, number)
 
+    def _lagged(self, connection: Connection) -> None:
+        """It fell too far behind its relay, and is ended: its client has a hole in its stream otherwise."""
+        connection.reason, connection.message = Reason.LAGGED, "the client did not keep up with the stream"
+        self._end(connection)
+        self._tell_failed(connection, errno.ETIMEDOUT)
+
     def _tell_failed(self, connection: Connection, number: int) -> None:
         failure = {
             "type": "failed",
@@ -400,7 +501,7 @@ class Guests:
 
     def _close(self, connection: Connection) -> None:
         """As the kernel does for a process that dies; the redirect goes when the last packet has passed."""
-        self._server.remove(connection)
+        self._stop(connection)
         self._forget(connection)
         with contextlib.suppress(OSError, HandoffError):
             self._hand_back.end(connection)

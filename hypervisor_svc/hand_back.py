@@ -122,6 +122,7 @@ class HandBack:
             "reason": connection.reason.value if connection.reason else None,
             "message": connection.message,
             "errno": connection.errno,
+            "cursor": connection.cursor,
             "direct": connection.direct,
             "closed": bool(connection.fin),
             "snapshot": snapshot,
@@ -145,7 +146,7 @@ class HandBack:
             self._injector.inject(connection.flow, connection.fin)
         assert connection.parting is not None
         said = connection.parting[0]
-        home = {key: said[key] for key in ("token", "sent", "reason", "message", "errno")}
+        home = {key: said[key] for key in ("token", "sent", "reason", "message", "errno", "cursor")}
         return {"type": "home", "unsent": said["snapshot"]["queues"][2] > 0, **home}
 
     def end(self, connection: Connection) -> None:

@@ -19,7 +19,7 @@ from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.snapshot import Snapshot
 from guest_agent.handoff.state import Host
 from hypervisor_svc.connection import Connection, Durations
-from hypervisor_svc.policy import open_file
+from hypervisor_svc.policy import RelayJob, open_file
 from hypervisor_svc.redirect import SOCKET_MARK, Redirect
 from hypervisor_svc.serve import COLD_CONGESTION, paces
 
@@ -52,6 +52,8 @@ class Handoff:
             self._durations.add(step, seconds)
 
     def _open(self, connection: Connection) -> None:
+        if isinstance(connection.job, RelayJob):
+            return  # its bytes come from the relay
         share = connection.guest.machine.share
         if share is None:
             raise HostError(Reason.NOT_ON_SHARE, "this VM has no share on the host")
@@ -62,7 +64,7 @@ class Handoff:
 
     def _restore(self, connection: Connection) -> None:
         connection.endpoint = self._redirect.bind_address(connection.flow)
-        cold = self._begins_cold(connection.job.snapshot)
+        cold = not isinstance(connection.job, RelayJob) and self._begins_cold(connection.job.snapshot)
         try:
             sock = self._backend.restore_fresh(
                 _for_bulk(connection.job.snapshot, cold=cold),

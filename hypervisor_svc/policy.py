@@ -11,15 +11,23 @@ import re
 import stat
 import struct
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from guest_agent.handoff.errors import GuestError, HandoffError, HostError, Reason
-from guest_agent.handoff.snapshot import CLOSE_WAIT, ESTABLISHED, Snapshot, decode
+from guest_agent.handoff.snapshot import CLOSE_WAIT, ESTABLISHED, Endpoint, Snapshot, decode
 from guest_agent.handoff.wire import Header
+from hypervisor_svc.ring import Join, OnLag
 from hypervisor_svc.schedule import PRIORITIES
+from hypervisor_svc.splice import Framing, SessionOptions, SinkOptions
 
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 _LARGEST = 1 << 62
 _HAND_OUT_FIELDS = frozenset({"type", "token", "path", "inode", "offset", "count", "priority", "snapshot"})
+_SINK_FIELDS = frozenset({"priority", "join", "on_lag", "lag_soft", "lag_hard_ms", "begin"})
+_RELAY_JOIN_FIELDS = frozenset({"type", "token", "relay", "role", "snapshot"}) | _SINK_FIELDS
+_RELAY_UDP_FIELDS = frozenset({"type", "token", "relay", "local", "peer"}) | _SINK_FIELDS
+_RING_FIELDS = ("ring_entries", "entry_bytes", "budget_ms", "max_sinks")
+_RELAY_OPEN_FIELDS = frozenset({"type", "token", "source", "path", "inode", "offset", "port", "framing", *_RING_FIELDS})
 
 _SYS_OPENAT2 = 437
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x02, 0x04, 0x08
@@ -45,10 +53,141 @@ class Job:
     snapshot: Snapshot
 
 
+@dataclass(frozen=True)
+class RelayJob(Job):
+    """A connection that becomes the source of a relay (`role`), or a sink."""
+
+    relay: str
+    role: str
+    options: SinkOptions
+
+
+@dataclass(frozen=True)
+class UdpJob:
+    """A UDP sink of a relay: datagrams from one of the VM's own addresses to a peer of its choice."""
+
+    token: str
+    relay: str
+    local: Endpoint
+    peer: Endpoint
+    options: SinkOptions
+
+
+@dataclass(frozen=True)
+class RelayPlan:
+    """A relay to open. `source`: "connection" (it is still to come), "file" (`path`, `inode`, `offset`), "udp" (`port`)."""
+
+    token: str
+    source: str
+    path: str
+    inode: int
+    offset: int
+    port: int
+    options: SessionOptions
+
+
+def read_relay_plan(header: Header) -> RelayPlan:
+    """Check the form of a `relay_open` message. Raises GuestError."""
+    _exactly(header, _RELAY_OPEN_FIELDS)
+    source = header["source"]
+    if source not in ("connection", "file", "udp"):
+        raise GuestError(Reason.BAD_REQUEST, f"source: {source!r:.40} is none of connection, file, udp")
+    sizes = {name: _number(name, header[name], 0) for name in _RING_FIELDS}
+    try:
+        options = SessionOptions(framing=Framing(header["framing"]), **sizes)
+    except ValueError as error:
+        raise GuestError(Reason.BAD_REQUEST, str(error)) from None
+    return RelayPlan(
+        token=read_token(header),
+        source=str(source),
+        path=_path(header["path"]) if source == "file" else "",
+        inode=_number("inode", header["inode"], 0),
+        offset=_number("offset", header["offset"], 0),
+        port=_number("port", header["port"], 0),
+        options=options,
+    )
+
+
+def read_relay_job(header: Header, body: bytes) -> RelayJob:
+    """Check the form of a `relay_join` message. Raises GuestError."""
+    _exactly(header, _RELAY_JOIN_FIELDS)
+    role = header["role"]
+    if role not in ("source", "sink"):
+        raise GuestError(Reason.BAD_REQUEST, f"role: {role!r:.40} is none of source, sink")
+    relay = _relay(header)
+    job = RelayJob(
+        token=read_token(header),
+        path=f"{role} of relay {relay[:8]}",
+        inode=0,
+        offset=0,
+        count=0,
+        priority=_priority(header["priority"]),
+        snapshot=decode(header["snapshot"], body),
+        relay=relay,
+        role=str(role),
+        options=_sink_options(header),
+    )
+    if job.snapshot.state not in (ESTABLISHED, CLOSE_WAIT):
+        raise GuestError(Reason.HALF_CLOSED, "the server has closed its side: nothing can be sent")
+    return job
+
+
+def read_udp_job(header: Header) -> UdpJob:
+    """Check the form of a `relay_udp` message. Raises GuestError."""
+    _exactly(header, _RELAY_UDP_FIELDS)
+    return UdpJob(
+        token=read_token(header),
+        relay=_relay(header),
+        local=_endpoint("local", header["local"]),
+        peer=_endpoint("peer", header["peer"]),
+        options=_sink_options(header),
+    )
+
+
+def _sink_options(header: Header) -> SinkOptions:
+    begin = header["begin"]
+    try:
+        return SinkOptions(
+            priority=PRIORITIES.index(_priority(header["priority"])),
+            join=Join(header["join"]),
+            on_lag=OnLag(header["on_lag"]),
+            lag_soft=_number("lag_soft", header["lag_soft"], 0),
+            lag_hard_ms=_number("lag_hard_ms", header["lag_hard_ms"], 0),
+            begin=None if begin is None else _number("begin", begin, 0),
+        )
+    except ValueError as error:
+        raise GuestError(Reason.BAD_REQUEST, str(error)) from None
+
+
+def _relay(header: Header) -> str:
+    relay = header.get("relay")
+    if type(relay) is not str or not _TOKEN.fullmatch(relay):
+        raise GuestError(Reason.BAD_REQUEST, "relay is not 32 hexadecimal digits")
+    return relay
+
+
+def _endpoint(name: str, value: object) -> Endpoint:
+    """[address, port]"""
+    refusal = GuestError(Reason.BAD_REQUEST, f"{name} is not an address and a port")
+    if type(value) is not list or len(value) != 2:
+        raise refusal
+    address, port = value
+    if type(address) is not str or type(port) is not int or not 1 <= port <= 65535:
+        raise refusal
+    try:
+        return Endpoint(str(ip_address(address)), port)
+    except ValueError:
+        raise refusal from None
+
+
+def _exactly(header: Header, fields: frozenset[str]) -> None:
+    if header.keys() != fields:
+        raise GuestError(Reason.BAD_REQUEST, f"{header['type']}: fields {sorted(header.keys() ^ fields)}")
+
+
 def read_job(header: Header, body: bytes) -> Job:
     """Check the form of a `hand_out` message. Raises GuestError."""
-    if header.keys() != _HAND_OUT_FIELDS:
-        raise GuestError(Reason.BAD_REQUEST, f"hand_out: fields {sorted(header.keys() ^ _HAND_OUT_FIELDS)}")
+    _exactly(header, _HAND_OUT_FIELDS)
     job = Job(
         token=read_token(header),
         path=_path(header["path"]),
@@ -97,7 +236,7 @@ def check_flow(snapshot: Snapshot, addresses: tuple[str, ...]) -> None:
         raise GuestError(Reason.FOREIGN_ADDRESS, "the client is the VM itself")
 
 
-def open_file(share: str, job: Job) -> int:
+def open_file(share: str, job: Job | RelayPlan) -> int:
     """Open the job's file beneath `share` for reading, without following any symbolic link (openat2(2)).
 
     Raises GuestError: OUTSIDE_SHARE, NO_SUCH_FILE, NOT_A_REGULAR_FILE, FILE_CHANGED; HostError for what is ours."""
@@ -129,10 +268,11 @@ def _refusal(number: int, path: str) -> HandoffError:
     return HostError(Reason.NO_SUCH_FILE, f"{path!r} cannot be opened", errno=number)
 
 
-def _check_file(status: os.stat_result, job: Job) -> None:
+def _check_file(status: os.stat_result, job: Job | RelayPlan) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise GuestError(Reason.NOT_A_REGULAR_FILE, f"{job.path!r} is not a regular file")
     if job.inode and job.inode != status.st_ino:
         raise GuestError(Reason.FILE_CHANGED, f"{job.path!r} is another file than the guest has open")
-    if job.offset >= status.st_size:
+    grows = isinstance(job, RelayPlan)
+    if job.offset > status.st_size or (job.offset == status.st_size and not grows):
         raise GuestError(Reason.FILE_CHANGED, f"{job.path!r} ends at {status.st_size}, before offset {job.offset}")

@@ -30,6 +30,7 @@ from hypervisor_svc.domains import Domains, Machine
 from hypervisor_svc.guests import Guests, Limits
 from hypervisor_svc.inject import Injector
 from hypervisor_svc.redirect import NatRedirect, Redirect
+from hypervisor_svc.relay import RelayLimits
 from hypervisor_svc.transparent import TransparentRedirect
 
 log = logging.getLogger("streamlift.service")
@@ -67,6 +68,7 @@ class Service:
                 injector=injector,
                 quantum=self._config.serve.quantum_bytes,
                 limits=self._limits(),
+                relay_limits=self._relay_limits(),
             )
             stack.callback(self._guests.close)
             stack.push_async_callback(self._drain)
@@ -107,6 +109,12 @@ class Service:
             threshold=policy.threshold_bytes,
         )
 
+    def _relay_limits(self) -> RelayLimits:
+        relay = self._config.relay
+        return RelayLimits(
+            max_relays=relay.max_relays_per_vm, max_ring_bytes=relay.max_ring_bytes_per_vm, udp_ports=relay.udp_ports
+        )
+
     def _find_machines(self, stack: contextlib.AsyncExitStack) -> None:
         """VMs of the configuration file at once, those of libvirt as they come and go."""
         for vm in self._config.vm:
@@ -141,7 +149,12 @@ class Service:
     # The control socket's commands.
 
     def _commands(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
-        return {"status": self._status, "connections": self._connections, "hand_back": self._hand_back}
+        return {
+            "status": self._status,
+            "connections": self._connections,
+            "relays": self._relays,
+            "hand_back": self._hand_back,
+        }
 
     def _status(self, request: dict[str, Any]) -> dict[str, Any]:
         machines = [_machine_status(guest) for guest in self._guests]
@@ -164,6 +177,9 @@ class Service:
     def _connections(self, request: dict[str, Any]) -> dict[str, Any]:
         rows = [_connection_status(c) for guest in self._guests for c in guest.connections.values()]
         return {"connections": rows}
+
+    def _relays(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"relays": self._guests.relays.rows(iter(self._guests))}
 
     def _hand_back(self, request: dict[str, Any]) -> dict[str, Any]:
         name, token = request.get("machine"), request.get("token")

@@ -150,8 +150,8 @@ class Parting:
     counts: Counts
 
 
-OnLeft = Callable[[int, Left, int], None]
-"""(sink, why, errno): the sink is no longer the session's; its socket is still its owner's."""
+OnLeft = Callable[[int, Left, int, Parting], None]
+"""(sink, why, errno, what it got): the sink is no longer the session's; its socket is still its owner's."""
 
 
 class Session(Protocol):
@@ -163,6 +163,9 @@ class Session(Protocol):
 
     def remove_sink(self, sink: int) -> Parting:
         """Leave at an entry's end; the socket is usable again as before. Raises KeyError."""
+
+    def end(self, reason: str) -> None:
+        """Take no more from the source, which is its owner's again; the sinks get what is left and leave. Idempotent."""
 
     def status(self) -> SessionStatus:
         """Since it began."""

@@ -178,7 +178,7 @@ class UserSession:
             group.go_on()
 
     def end(self, reason: str) -> None:
-        """The source gives no more."""
+        """See `splice.Session`."""
         if self.ended:
             return
         self.ended = True
@@ -232,8 +232,9 @@ class UserSession:
         if sink.number not in self._sinks:
             return
         sink.count_lost_until(self.ring.head)
+        cursor = sink.cursor_now()
         self._forget(sink)
-        sink.on_left(sink.number, why, number)
+        sink.on_left(sink.number, why, number, Parting(cursor, 0, sink.counts))
 
     def _forget(self, sink: _Sink) -> None:
         del self._sinks[sink.number]

@@ -48,6 +48,10 @@ class Reason(str, Enum):
     FILE_SHORT = "file_short"
     READ_ERROR = "read_error"
     APPLICATION_GONE = "application_gone"
+    # A relay.
+    UNKNOWN_RELAY = "unknown_relay"
+    RELAY_ENDED = "relay_ended"
+    LAGGED = "lagged"
     # Somebody spoke nonsense.
     BAD_FRAME = "bad_frame"
     BAD_SNAPSHOT = "bad_snapshot"

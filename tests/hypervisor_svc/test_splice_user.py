@@ -18,7 +18,7 @@ import pytest
 
 from hypervisor_svc.ring import Join, OnLag
 from hypervisor_svc.schedule import Schedule
-from hypervisor_svc.splice import FileSource, Framing, Left, SessionOptions, SinkOptions, SinkState, Source
+from hypervisor_svc.splice import FileSource, Framing, Left, Parting, SessionOptions, SinkOptions, SinkState, Source
 from hypervisor_svc.splice_user import UserEngine, UserSession
 from tests.hypervisor_svc.transport_stream import PACKET, stream
 
@@ -37,6 +37,7 @@ class Listener:
     datagrams: list[bytes] = field(default_factory=list)
     ended: bool = False
     left: tuple[Left, int] | None = None
+    parting: Parting | None = None
     _reading: bool = False
 
     def read(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -86,9 +87,9 @@ class Bench:
         near, far = pair(udp=udp, family=family, buffer=buffer)
         listener = Listener(near, far)
 
-        def on_left(sink: int, why: Left, number: int) -> None:
+        def on_left(sink: int, why: Left, number: int, parting: Parting) -> None:
             assert sink == listener.number
-            listener.left = why, number
+            listener.left, listener.parting = (why, number), parting
 
         listener.number = self.session.add_sink(near, options or SinkOptions(), on_left)
         listener.read(self.loop)
@@ -190,6 +191,7 @@ def test_every_byte_to_every_tcp_sink(budget: int, family: int) -> None:
             made.source.close()
             await made.until(lambda: all(one.left for one in made.listeners), "all have left")
             assert {one.left for one in made.listeners} == {(Left.SOURCE_ENDED, 0)}
+            assert {one.parting.counts.bytes for one in made.listeners if one.parting} == {len(data)}
             for one in made.listeners:
                 one.near.close()
             await made.until(lambda: all(one.ended for one in made.listeners), "all see the end")
