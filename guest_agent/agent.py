@@ -18,6 +18,7 @@ from guest_agent.channel import Channel
 from guest_agent.handoff.backend import choose
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.wire import Established, Event, Message, Violation
+from guest_agent.relays import Relays
 from guest_agent.share import find_shares
 from guest_agent.transfers import Transfers
 
@@ -61,10 +62,12 @@ class Agent:
         self._transfers = Transfers(
             backend=self._backend, keep=self._keep, send=self._channel.send, is_up=lambda: self._channel.up
         )
+        self._relays = Relays(send=self._channel.send, is_up=lambda: self._channel.up)
         self._host: dict[str, Any] = {}
         self._applications = Applications(
             settings.socket,
             self._transfers,
+            self._relays,
             allowed=settings.allowed,
             hello=self._hello,
             status=self._status,
@@ -88,9 +91,11 @@ class Agent:
         if isinstance(event, Message):
             self._message(event)
         elif isinstance(event, Established):
+            same = event.hello.get("instance") == self._host.get("instance")
             self._host = event.hello
             log.info("the host's service %s answers", event.hello.get("service_version", "?"))
             self._transfers.host_up(event.hello)
+            self._relays.host_up(same=same)
         elif isinstance(event, Violation):
             log.warning("channel: %s: %s", event.reason.value, event.message)
 
@@ -98,6 +103,8 @@ class Agent:
         kind = event.header["type"]
         if kind == "ping":
             self._channel.send({"type": "pong"})
+        elif kind.startswith("relay_"):
+            self._relays.message(event.header, event.body)
         elif kind != "pong":
             self._transfers.message(event.header, event.body)
 

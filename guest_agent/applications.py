@@ -22,6 +22,7 @@ from typing import Any
 from guest_agent.hand_out import Outcome, Transfer
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import HandoffError, NotMovable, Reason
+from guest_agent.relays import RING_FIELDS, SINK_FIELDS, Relays, RelayTransfer
 from guest_agent.share import SharedFile, locate
 from guest_agent.transfers import Transfers
 
@@ -32,6 +33,7 @@ REPLY_BUFFER = 16 << 20
 """Bytes of replies that an application may leave unread: tens of thousands."""
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 _PRIORITIES = ("low", "normal", "high")
+_RELAY_OPERATIONS = ("publish", "add_sink", "add_udp", "remove_sink", "relay_status", "close_relay")
 _ANCILLARY = socket.CMSG_SPACE(2 * array.array("i").itemsize)
 
 
@@ -42,13 +44,14 @@ class Applications:
         self,
         path: str,
         transfers: Transfers,
+        relays: Relays,
         *,
         allowed: frozenset[str],
         hello: Callable[[], dict[str, Any]],
         status: Callable[[], dict[str, Any]],
         shares: Callable[[], tuple[str, ...]],
     ) -> None:
-        self._path, self._transfers, self._allowed = path, transfers, allowed
+        self._path, self._transfers, self._relays, self._allowed = path, transfers, relays, allowed
         self._hello, self._status, self._shares = hello, status, shares
         self._clients: set[_Client] = set()
         self._loop = asyncio.get_running_loop()
@@ -114,8 +117,77 @@ class Applications:
             self._transfers.begin(client.adopt(self._transfer(client, request, fds)))
         elif operation == "reclaim":
             self._transfers.reclaim(client.adopt(self._reclaimed(client, request, fds)), age=_seconds(request["age"]))
+        elif operation in _RELAY_OPERATIONS:
+            getattr(self, f"_{operation}")(client, request, fds)
         else:
-            raise ValueError(f"op {operation!r} is none of sendfile, reclaim, status")
+            raise ValueError(f"op {operation!r} is none of sendfile, reclaim, status, {', '.join(_RELAY_OPERATIONS)}")
+
+    # Relays. `offload_wire.py` has the words.
+
+    def _publish(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:
+        token, number, source = _token(request["token"]), request["id"], request["source"]
+        options = {name: request[name] for name in RING_FIELDS}
+        if source == "file":
+            file = locate(fds[0], self._shares())
+            plan = {"source": source, "path": file.path, "inode": file.inode, "offset": _number(request["offset"], 0)}
+        elif source == "udp":
+            plan = {"source": source, "port": _number(request["port"], 1)}
+        elif source == "connection":
+            plan = {"source": source}
+        else:
+            raise ValueError(f"source {source!r} is none of file, udp, connection")
+        answer, finish = client.answers(number)
+        self._relays.publish(token, plan, options, owner=client, answer=answer, finish=finish)
+        if source == "connection":
+            sink = {"join": "latest", "on_lag": "head_drop", "lag_soft": 0, "lag_hard_ms": 0, "begin": None}
+            transfer = self._joining(client, request, fds, token, "source", {"priority": request["priority"], **sink})
+            transfer.token = request["source_token"]
+            self._transfers.begin(client.adopt(transfer))
+
+    def _add_sink(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:
+        options = {name: request[name] for name in SINK_FIELDS}
+        self._transfers.begin(client.adopt(self._joining(client, request, fds, _token(request["relay"]), "sink", options)))
+
+    def _add_udp(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:
+        answer, finish = client.answers(request["id"])
+        options = {name: request[name] for name in SINK_FIELDS}
+        with _socket_of(fds) as sock:
+            token, relay = _token(request["token"]), _token(request["relay"])
+            self._relays.add_udp(token, relay, sock, options, owner=client, answer=answer, finish=finish)
+
+    def _joining(
+        self, client: _Client, request: dict[str, Any], fds: list[int], relay: str, role: str, options: dict[str, Any]
+    ) -> RelayTransfer:
+        number, token = request["id"], _token(request["source_token" if role == "source" else "token"])
+        answer, _ = client.answers(number)
+
+        def reply(outcome: Outcome) -> None:
+            client.answer(number, self._relays.source_over(relay, outcome) if role == "source" else outcome, token)
+
+        return RelayTransfer(
+            token=token,
+            sock=_socket_of(fds),
+            file=SharedFile("", 0, 0),
+            offset=0,
+            count=0,
+            priority=request["priority"],
+            reply=reply,
+            relay=relay,
+            role=role,
+            options=options,
+            told=lambda: answer({"taken": True}),
+        )
+
+    def _remove_sink(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:
+        token = _token(request["token"])
+        if not self._relays.remove_udp(_token(request["relay"]), token):
+            self._transfers.call_home(token)
+
+    def _relay_status(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:
+        self._relays.status(_token(request["relay"]), client.answers(request["id"])[0])
+
+    def _close_relay(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:
+        self._relays.close(_token(request["relay"]))
 
     def _transfer(self, client: _Client, request: dict[str, Any], fds: list[int]) -> Transfer:
         if len(fds) != 2:
@@ -134,9 +206,7 @@ class Applications:
     def _make(
         self, client: _Client, request: dict[str, Any], fds: list[int], file: SharedFile, offset: int, count: int
     ) -> Transfer:
-        token, number = request["token"], request["id"]
-        if not _TOKEN.fullmatch(token):
-            raise ValueError("token is not 32 hexadecimal digits")
+        token, number = _token(request["token"]), request["id"]
         return Transfer(
             token=token,
             sock=_socket_of(fds),
@@ -150,6 +220,7 @@ class Applications:
     def gone(self, client: _Client) -> None:
         """A connection ended; so do its transfers."""
         self._clients.discard(client)
+        self._relays.owner_gone(client)
         for transfer in client.transfers.values():
             self._transfers.application_gone(transfer)
 
@@ -190,8 +261,13 @@ class _Client:
                 "reason": reason,
                 "message": outcome.message,
                 "errno": outcome.errno or None,
+                "cursor": outcome.cursor,
             }
         )
+
+    def answers(self, number: object) -> tuple[Callable[[dict[str, Any]], None], Callable[[Outcome], None]]:
+        """What tells the asker of request `number` how it goes, and how it went."""
+        return lambda note: self.send({"v": 1, "id": number, **note}), lambda outcome: self.answer(number, outcome)
 
     def send(self, message: dict[str, Any]) -> None:
         """One message; an application that does not read its replies loses its connection."""
@@ -232,6 +308,12 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
     return list(fds)
+
+
+def _token(value: object) -> str:
+    if type(value) is not str or not _TOKEN.fullmatch(value):
+        raise ValueError("token is not 32 hexadecimal digits")
+    return value
 
 
 def _number(value: object, least: int) -> int:

@@ -28,13 +28,15 @@ Send = Callable[[Header, bytes], None]
 
 @dataclass
 class Outcome:
-    """What the application is told: `outcome` is "offloaded", "local" or "failed"; `sent` in bytes."""
+    """What the application is told: `outcome` is "offloaded", "local" or "failed"; `sent` in bytes; `cursor`: of a relay's sink,
+    the entry that it would have got next."""
 
     outcome: str
     sent: int = 0
     reason: Reason | None = None
     message: str = ""
     errno: int = 0
+    cursor: int | None = None
 
 
 @dataclass
@@ -66,6 +68,27 @@ class Transfer:
         self.state = move_guest(self.state, to)
         fault.reach(f"guest:{to.value}")
 
+    def request(self) -> Header:
+        """What the host is asked to do with the connection."""
+        return {
+            "type": "hand_out",
+            "token": self.token,
+            "path": self.file.path,
+            "inode": self.file.inode,
+            "offset": self.offset,
+            "count": self.count,
+            "priority": self.priority,
+        }
+
+    def expect(self) -> Snapshot | None:
+        """How the connection will stand when that is done, if that is known."""
+        assert self.snapshot is not None
+        options = replace(self.snapshot.options, keepalive=False)
+        return replace(after(self.snapshot, self.count), options=options)
+
+    def taken(self) -> None:
+        """The host has it."""
+
 
 def begin(transfer: Transfer, backend: Backend, keep: Hold | None, send: Send) -> None:
     """Steps 1 to 3. Raises HandoffError or OSError with the socket thawed, as it was."""
@@ -75,7 +98,7 @@ def begin(transfer: Transfer, backend: Backend, keep: Hold | None, send: Send) -
         mute(transfer.sock)  # at once: the snapshot's clock stands, and a timer may still speak with a later one
         transfer.move(Guest.FROZEN)
         offer(transfer, send)
-        transfer.expected = _expected(transfer)
+        transfer.expected = transfer.expect()  # made while the host is busy with the offer
     except (HandoffError, OSError):
         undo(transfer, backend)
         raise
@@ -86,27 +109,10 @@ def offer(transfer: Transfer, send: Send) -> None:
     """Send the snapshot and the job. Raises HostError(HOST_AWAY)."""
     assert transfer.snapshot is not None
     header, body = encode(transfer.snapshot)
-    job = {
-        "type": "hand_out",
-        "token": transfer.token,
-        "path": transfer.file.path,
-        "inode": transfer.file.inode,
-        "offset": transfer.offset,
-        "count": transfer.count,
-        "priority": transfer.priority,
-        "snapshot": header,
-    }
     try:
-        send(job, body)
+        send({**transfer.request(), "snapshot": header}, body)
     except ConnectionError as error:
         raise HostError(Reason.HOST_AWAY, str(error)) from None
-
-
-def _expected(transfer: Transfer) -> Snapshot:
-    """Made while the host is busy with the offer."""
-    assert transfer.snapshot is not None
-    options = replace(transfer.snapshot.options, keepalive=False)
-    return replace(after(transfer.snapshot, transfer.count), options=options)
 
 
 def stand_by(transfer: Transfer, backend: Backend) -> None:
@@ -114,10 +120,10 @@ def stand_by(transfer: Transfer, backend: Backend) -> None:
     and on the way home only what the client said meanwhile is missing (`take_back.py`). Raises HandoffError, OSError.
 
     One whose client has closed already is rebuilt at home: it would have to be while packets come."""
-    assert transfer.snapshot is not None and transfer.expected is not None
+    assert transfer.snapshot is not None
     if transfer.snapshot.options.keepalive:  # a probe would tell the client about a second owner
         transfer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
-    if transfer.snapshot.state == ESTABLISHED:
+    if transfer.snapshot.state == ESTABLISHED and transfer.expected is not None:
         backend.restore_in_place(transfer.sock, transfer.expected)
         transfer.standing_by = True
 

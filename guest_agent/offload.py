@@ -4,6 +4,7 @@
     from guest_agent import offload
     transfer = offload.sendfile(sock, file)                     # blocking sockets, any thread
     transfer = await offload.sendfile_async(writer, file)       # asyncio: non-blocking socket, transport, StreamWriter
+    relay = await offload.publish(source)                       # one source, many clients: offload_relay.py
 
 Afterwards the same socket works on. While a call is under way nobody else may read, write or configure that socket: it
 may be at the host. Never worse than without us: whatever stands in the way (no agent, a small file, a file elsewhere...)
@@ -23,12 +24,12 @@ import ssl
 import stat
 import threading
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
-from guest_agent import local, offload_asyncio
+from guest_agent import local, local_relay, offload_asyncio, offload_relay
 from guest_agent.offload_blocking import BlockingAgent
+from guest_agent.offload_relay import Relay
 from guest_agent.offload_wire import Reply, agent_path, here
 
 PRIORITIES = ("low", "normal", "high")
@@ -102,7 +103,7 @@ async def _send_on_transport(
         reply = here(reason)
     else:
         await local.drain(transport)
-        resume = _pause_reading(transport)
+        resume = local_relay.pause_reading(transport)
         reply = await link.request(sock, file.fileno(), offset, count, priority, when_over=resume)
     if reply.outcome != "local":
         return _conclude(reply)
@@ -112,17 +113,40 @@ async def _send_on_transport(
     )
 
 
-def _pause_reading(transport: Any) -> Callable[[], None] | None:
-    """The loop must not watch a socket that is restored in place; returns what undoes it."""
-    if not transport.is_reading():
-        return None
-    transport.pause_reading()
+async def publish(
+    source: Target | IO[bytes] | int,
+    *,
+    framing: str = "raw",
+    budget_ms: int = 0,
+    ring_entries: int = 1024,
+    entry_bytes: int = 16384,
+    max_sinks: int = 65536,
+    offset: int = 0,
+    priority: str = "normal",
+) -> Relay:
+    """Open a relay: one source, many clients. See `offload_relay.py`.
 
-    def resume() -> None:
-        if not transport.is_closing():
-            transport.resume_reading()
+    `source`: a non-blocking TCP socket (or its transport or StreamWriter) whose peer sends the stream, a file on the share that
+    grows (from `offset` on), or the number of a UDP port of the host's. `framing`: raw, or mpegts, where entries are whole
+    packets and sync points are known. `budget_ms` (0 to 1000): how long an entry may wait for others, so that each client gets
+    several in one send. `ring_entries`: how far a client may fall behind; `entry_bytes`: the most that one entry takes of a byte
+    stream. What the host cannot do this process does. Raises ValueError for a bad argument, OSError for a source that nobody can
+    read."""
+    return await offload_relay.publish(
+        source,
+        _unsuitable_relay,
+        framing=framing,
+        budget_ms=budget_ms,
+        ring_entries=ring_entries,
+        entry_bytes=entry_bytes,
+        max_sinks=max_sinks,
+        offset=offset,
+        priority=priority,
+    )
 
-    return resume
+
+def _unsuitable_relay(sock: Any) -> str | None:
+    return _unsuitable(sock, 1)
 
 
 def status() -> dict[str, Any]:

@@ -41,9 +41,9 @@ from guest_agent.offload_wire import (
 
 class _Pending:
     """A request under way. `asked`: the agent may have acted on it, so only the agent can say how it ended.
-    `when_over` runs once, also if nobody waits any more."""
+    `when_over` runs once, also if nobody waits any more. `on_note` hears what the agent says meanwhile."""
 
-    __slots__ = ("asked", "begun", "fds", "future", "message", "sock", "token", "when_over")
+    __slots__ = ("asked", "begun", "fds", "future", "message", "on_note", "sock", "token", "when_over")
 
     def __init__(
         self,
@@ -54,7 +54,9 @@ class _Pending:
         *,
         future: asyncio.Future[Reply],
         when_over: Callable[[], None] | None,
+        on_note: Callable[[Message], None] | None = None,
     ) -> None:
+        self.on_note = on_note
         self.token, self.sock, self.message, self.fds = token, sock, message, fds
         self.future, self.when_over, self.asked = future, when_over, False
         self.begun = time.monotonic()
@@ -110,11 +112,46 @@ class Link:
         """Ask the agent. A cancelled caller leaves the request under way: its reply is still consumed."""
         number, token = next_number(), new_token()
         message = encode_sendfile(number, token, offset, count, priority)
-        future: asyncio.Future[Reply] = self.loop.create_future()
         fds = (sock.fileno(), file_fd)
-        self._pending[number] = _Pending(token, sock, message, fds, future=future, when_over=when_over)
+        return await self.begin(number, token, message, sock=sock, fds=fds, when_over=when_over)
+
+    def begin(
+        self,
+        number: int,
+        token: str,
+        message: bytes,
+        *,
+        sock: Any,
+        fds: tuple[int, ...],
+        when_over: Callable[[], None] | None = None,
+        on_note: Callable[[Message], None] | None = None,
+    ) -> asyncio.Future[Reply]:
+        """Send any request. `sock`: what is to be asked back from another agent, if this one is lost; None: nothing."""
+        future: asyncio.Future[Reply] = self.loop.create_future()
+        self._pending[number] = _Pending(token, sock, message, fds, future=future, when_over=when_over, on_note=on_note)
         self._send(number)
-        return await future
+        return future
+
+    def tell(self, message: bytes) -> None:
+        """Send what has no answer. A lost agent has nothing to be told; one that is behind is told later."""
+        if self._connection is None:
+            return
+        try:
+            send_message(self._connection, message)
+        except BlockingIOError:
+            self.loop.call_later(RECLAIM_PAUSE, self.tell, message)
+        except OSError:
+            self._lose()
+
+    async def ready(self) -> str | None:
+        """Why the agent cannot be asked anything now."""
+        if self._hello is None:
+            await self._open()
+        return None if self._hello is not None else self._absent
+
+    def prefixes(self) -> tuple[str, ...]:
+        """Where the shares are."""
+        return self._hello.prefixes if self._hello is not None else ()
 
     # Opening and losing the connection.
 
@@ -175,7 +212,7 @@ class Link:
 
     def _renew(self, pending: _Pending) -> None:
         """Turn a request into a reclaim, if there is somebody to ask and something to give."""
-        fd = pending.sock.fileno()
+        fd = pending.sock.fileno() if pending.sock is not None else -1
         if self._connection is None or fd < 0:  # below zero: closed by the application, after a cancelled call
             pending.end(lost(self._absent))
             return
@@ -262,9 +299,18 @@ class Link:
         told = message.get("hello") or message.get("status")
         if told:
             self._hello = read_hello(told)
+        elif "taken" in message or "relay_status" in message:
+            self._note(message)
         else:
             reply = read_reply(message)
             self._end(message["id"], reply)
+
+    def _note(self, message: Message) -> None:
+        pending = self._pending.get(message["id"])
+        if pending is not None and pending.on_note is not None:
+            pending.on_note(message)
+            if "relay_status" in message:
+                self._pending.pop(message["id"])
 
     def _end(self, number: int, outcome: Reply | Exception) -> None:
         pending = self._pending.pop(number, None)

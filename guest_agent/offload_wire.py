@@ -6,7 +6,17 @@
                           with [socket, file]; {"v":1,"op":"reclaim","id":8,"token":"..."} with [socket];
                           {"v":1,"op":"status","id":9}
     agent -> application  {"v":1,"id":7,"outcome":"offloaded"|"local"|"failed","sent":N,"reason":...,"message":"...",
-                          "errno":...} or {"v":1,"id":9,"status":{...}}
+                          "errno":...,"cursor":...} or {"v":1,"id":9,"status":{...}}
+
+Of relays (all fields: `guest_agent/relays.py`):
+
+    application -> agent  {"v":1,"op":"publish","id":10,"token":"...","source":"connection","source_token":"...",...} with
+                          [socket]; "source":"file","offset":0 with [file]; "source":"udp","port":N
+                          {"v":1,"op":"add_sink","id":11,"token":"...","relay":"...","priority":...} with [socket];
+                          {"v":1,"op":"add_udp",...} with [connected UDP socket]
+                          {"v":1,"op":"remove_sink","id":12,"token":"...","relay":"..."}, "close_relay", "relay_status"
+    agent -> application  {"v":1,"id":11,"taken":true} when the host has it, and the usual reply when it is over;
+                          {"v":1,"id":13,"relay_status":{...}}
 
 `guest_agent/applications.py` is the other end."""
 
@@ -57,13 +67,15 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """How a request ended; `sent` bytes were delivered by the host."""
+    """How a request ended; `sent` bytes were delivered by the host. `cursor`: of a relay's sink, the entry that it would have got
+    next."""
 
     outcome: str
     sent: int
     reason: str | None
     message: str
     errno: int | None = None
+    cursor: int | None = None
 
 
 def here(reason: str) -> Reply:
@@ -113,6 +125,11 @@ def encode_status(number: int) -> bytes:
     return f'{{"v":1,"op":"status","id":{number}}}'.encode()
 
 
+def encode_relay(operation: str, number: int, **fields: object) -> bytes:
+    """Any of the requests that concern relays."""
+    return json.dumps({"v": 1, "op": operation, "id": number, **fields}).encode()
+
+
 def new_token() -> str:
     """A transfer's identity, in this and every later life of the agent."""
     return os.urandom(16).hex()
@@ -155,7 +172,8 @@ def read_reply(message: Message) -> Reply:
     outcome, sent = message["outcome"], message["sent"]
     if outcome not in ("offloaded", "local", "failed") or type(sent) is not int or sent < 0:
         raise ValueError(f"outcome {outcome!r}, sent {sent!r}")
-    return Reply(outcome, sent, message.get("reason"), message.get("message") or "", message.get("errno"))
+    reason, words = message.get("reason"), message.get("message") or ""
+    return Reply(outcome, sent, reason, words, message.get("errno"), message.get("cursor"))
 
 
 # The connection.

@@ -81,6 +81,11 @@ class Transfers:
         else:
             self._start_doubt()
 
+    def call_home(self, token: str) -> None:
+        """An application wants the socket of a relay back."""
+        if token in self._by_token and self._is_up():
+            self._send({"type": "relay_remove", "token": token}, b"")
+
     def application_gone(self, transfer: Transfer) -> None:
         """The process died or closed: the connection ends as the kernel would end it, at its present owner."""
         transfer.application_gone = True
@@ -127,6 +132,7 @@ class Transfers:
         if transfer.timer is not None:
             transfer.timer.cancel()
         self._stand_by(transfer)
+        transfer.taken()
         if transfer.application_gone:
             self._send({"type": "abort", "token": transfer.token}, b"")
         self.collect_held()
@@ -344,11 +350,13 @@ def _reason(header: dict[str, Any]) -> Reason:
 def _returned(header: dict[str, Any]) -> Outcome:
     """How a transfer ended whose socket is home."""
     sent, word, message = _sent(header), header.get("reason"), str(header.get("message", ""))
+    cursor = header.get("cursor")
+    cursor = cursor if type(cursor) is int and cursor >= 0 else None
     if word is None:
-        return Outcome("offloaded", sent)
+        return Outcome("offloaded", sent, cursor=cursor)
     reason = _reason(header)
     if reason is Reason.FILE_SHORT:
         return Outcome("offloaded", sent, reason, message)
     if reason is Reason.READ_ERROR:
         return Outcome("failed", sent, reason, message, int(header.get("errno") or errno.EIO))
-    return Outcome("local", sent, reason, message)
+    return Outcome("local", sent, reason, message, cursor=cursor)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -120,6 +121,26 @@ def connections(as_json: AsJson = False) -> None:
         typer.echo(json.dumps(rows, indent=2))
     else:
         tables.show_connections(rows)
+
+
+@app.command()
+def relays(
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show them anew every second, until Ctrl-C.")] = False,
+) -> None:
+    """One-to-many sessions: sinks, rates, lag and losses, the engine and why it was chosen."""
+    while True:
+        rows = _ask("relays")["relays"]
+        if as_json:
+            typer.echo(json.dumps(rows, indent=None if watch else 2))
+        else:
+            tables.show_relays(rows, clear=watch)
+        if not watch:
+            return
+        try:
+            time.sleep(1)
+        except KeyboardInterrupt:
+            return
 
 
 @app.command("hand-back")

@@ -186,6 +186,8 @@ class Guests:
             log.info("%s: agent %s answers", guest.machine.name, event.hello.get("agent_version", "?"))
             if same:
                 self._say_again(guest)
+            else:
+                self._close_relays(guest)
         elif isinstance(event, Violation):
             self._count_refusal(guest, event.reason, event.message)
 
@@ -216,6 +218,11 @@ class Guests:
         for connection in list(guest.connections.values()):
             if connection.finished or connection.state is Host.RETURNING:
                 self._end(connection)
+
+    def _close_relays(self, guest: Guest) -> None:
+        """Another life of the agent does not know for whom it opened them. Their connections go home, to those who ask for them."""
+        for relay in list(guest.relays.values()):
+            self.relays.close(relay)
 
     def _say_again(self, guest: Guest) -> None:
         """The channel was cut: whether the guest heard that these come home, or we that they did, nobody knows."""

@@ -14,6 +14,7 @@ When the guest's agent is away a relay goes on; when the VM is gone it ends."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -86,7 +87,7 @@ class Relays:
     ) -> None:
         self.engine, self._limits = engine, limits
         self._on_home, self._on_gone, self._on_lagged = on_home, on_gone, on_lagged
-        self._all: dict[tuple[str, str], Relay] = {}
+        self._loop = asyncio.get_running_loop()
 
     # Relays open and close.
 
@@ -162,7 +163,8 @@ class Relays:
             self._forget(relay)
 
     def _forget(self, relay: Relay) -> None:
-        relay.guest.relays.pop(relay.token, None)
+        if relay.guest.relays.get(relay.token) is relay:
+            del relay.guest.relays[relay.token]
         if relay.session is not None:
             relay.session.close()
         for _, sock in relay.udp.values():
@@ -222,6 +224,7 @@ class Relays:
         if relay.sinks.pop(connection.sink, None) is not None and relay.session is not None:
             with contextlib.suppress(KeyError):
                 _note(connection, relay.session.remove_sink(connection.sink))
+            self._forget_if_over(relay)
 
     def add_udp(self, guest: Guest, job: UdpJob) -> None:
         """Datagrams leave with the VM's own address. Raises HandoffError."""
@@ -261,6 +264,7 @@ class Relays:
             return
         connection.relay = None
         _note(connection, parting)
+        self._forget_if_over(relay)
         if why is Left.SOURCE_ENDED:
             self._on_home(connection)
         elif why is Left.LAGGED:
@@ -273,6 +277,7 @@ class Relays:
         if found is None:
             return
         found[1].close()
+        self._forget_if_over(relay)
         reason = _GONE.get(why, Reason.RELAY_ENDED)
         message = f"{why.value}: {os.strerror(number)}" if number else why.value
         said = {"type": "relay_udp_left", "relay": relay.token, "token": token}
@@ -288,6 +293,12 @@ class Relays:
         if source is not None:
             source.relay = relay.source = None
             self._on_home(source)
+        self._forget_if_over(relay)
+
+    def _forget_if_over(self, relay: Relay) -> None:
+        """Its source has ended, and nobody waits for the rest."""
+        if relay.ended and not relay.sinks and not relay.udp:
+            self._loop.call_soon(self._forget, relay)  # not from within the session
 
     # What is told.
 

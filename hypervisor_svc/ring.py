@@ -52,10 +52,11 @@ Payload = bytes | Slice
 
 
 class Ring:
-    """At most `capacity` entries. Payloads that are replaced live on as long as somebody sends them."""
+    """At most `capacity` entries. Payloads that are replaced live on as long as somebody sends them. `all_sync`: receivers can
+    begin at any entry, else at those that were marked."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, *, all_sync: bool = False) -> None:
+        self.capacity, self._all_sync = capacity, all_sync
         self.head = 0
         self.bytes = 0
         self._entries: deque[Payload] = deque()
@@ -94,13 +95,15 @@ class Ring:
 
     def mark_sync(self, sequence: int) -> None:
         """A receiver can begin at this entry."""
+        while self._syncs and self._syncs[0] < self.tail:
+            self._syncs.popleft()
         self._syncs.append(sequence)
 
     def newest_sync(self) -> int | None:
         """The newest sync point in the window."""
-        while self._syncs and self._syncs[0] < self.tail:
-            self._syncs.popleft()
-        return self._syncs[-1] if self._syncs else None
+        if self._all_sync:
+            return self.head - 1 if self._entries else None
+        return self._syncs[-1] if self._syncs and self._syncs[-1] >= self.tail else None
 
 
 @dataclass(frozen=True, slots=True)

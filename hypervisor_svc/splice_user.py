@@ -120,7 +120,7 @@ class UserSession:
         on_end: Callable[[str], None],
     ) -> None:
         self.engine, self.options, self.owner, self.level = engine, options, owner, level
-        self.ring = Ring(options.ring_entries)
+        self.ring = Ring(options.ring_entries, all_sync=options.framing is Framing.RAW)
         self.due = 0
         self.ended = False
         self.gone = Counts()

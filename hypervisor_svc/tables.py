@@ -65,3 +65,39 @@ def show_connections(connections: Sequence[dict[str, Any]]) -> None:
         for c in connections
     ]
     show("connections", ("VM", "client", "server", "state", "file", "sent", "token"), rows)
+
+
+def show_relays(relays: Sequence[dict[str, Any]], *, clear: bool = False) -> None:
+    """Who sends to how many; lag and losses in entries."""
+    console = Console()
+    if clear:
+        console.clear()
+    for engine, why in {(relay["engine"], relay["why"]) for relay in relays}:
+        console.print(f"engine {engine}: {why}")
+    rows = [
+        (
+            relay["machine"],
+            relay["relay"][:8],
+            relay["source"] + (f" (ended: {relay['ended']})" if relay["ended"] else ""),
+            relay["class"],
+            relay.get("sink_count", 0),
+            sum(sink["state"] != "live" for sink in relay["sinks"]),
+            max((sink["lag"] for sink in relay["sinks"]), default=0),
+            _lost(relay.get("out", {})),
+            f"{size(relay.get('in_per_second', 0))}/s",
+            f"{size(relay.get('out_per_second', 0))}/s",
+            _sends(relay.get("out", {})),
+        )
+        for relay in relays
+    ]
+    columns = ("VM", "relay", "source", "class", "sinks", "behind", "lag", "lost", "in", "out", "entries a send")
+    show("relays", columns, rows, console=console)
+
+
+def _lost(counts: dict[str, int]) -> str:
+    reasons = {name: counts.get(name, 0) for name in ("overrun", "lagged", "unreachable")}
+    return ", ".join(f"{count} {name}" for name, count in reasons.items() if count) or "-"
+
+
+def _sends(counts: dict[str, int]) -> str:
+    return f"{counts['entries'] / counts['turns']:.1f}" if counts.get("turns") else "-"

@@ -42,6 +42,15 @@ def test_sync_points_leave_with_their_entries() -> None:
     assert _ring(4, 12, syncs=(2, 7)).newest_sync() is None
 
 
+def test_where_every_entry_is_a_sync_point() -> None:
+    ring = Ring(4, all_sync=True)
+    assert ring.newest_sync() is None
+    ring.append(b"one")
+    ring.append(b"two")
+    assert ring.newest_sync() == 1
+    assert catch_up(ring, 0, 2, on_lag=OnLag.DROP_TO_SYNC, lag_soft=1) == Skip(1, overrun=False)
+
+
 @pytest.mark.parametrize(
     ("cursor", "on_lag", "soft", "syncs", "expected"),
     [

@@ -21,6 +21,7 @@ from tests.namespaces.topology import Namespace, Network
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 15.0
+LIVE_PORT, LIVE_PASSWORD = 8000, "hackme"
 
 
 def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
@@ -79,6 +80,7 @@ class Deployment:
     agent: Process
     server: Process
     port: int = 80
+    live: Process | None = None
 
     def call(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Ask the service."""
@@ -169,8 +171,10 @@ def deployed(
     extra: str = "",
     offload: bool = True,
     channel: str = "port.sock",
+    live: bool = False,
 ) -> Iterator[Deployment]:
-    """Everything up and ready; torn down in the end. With another `channel` the service looks for it there in the folder."""
+    """Everything up and ready; torn down in the end. With another `channel` the service looks for it there in the folder; with
+    `live` a live server listens at LIVE_PORT beside the media server."""
     config = folder / "streamlift.toml"
     config.write_text(_config(network, folder, share, extra, mode, channel))
     python, socket_path = sys.executable, str(folder / "agent.sock")
@@ -182,11 +186,16 @@ def deployed(
     server_argv += [] if offload else ["--no-offload"]
     server = Process(network.guest, server_argv, folder / "server.log", {"STREAMLIFT_AGENT": socket_path})
     deployment = Deployment(network, folder, share, service, agent, server)
+    if live:
+        live_argv = [python, "-m", "guest_agent.examples.live_server", "--port", str(LIVE_PORT), "--password", LIVE_PASSWORD]
+        environment = {"STREAMLIFT_AGENT": socket_path}
+        deployment.live = Process(network.guest, live_argv, folder / "live.log", environment)
+    processes = [agent, service, server, *([deployment.live] if deployment.live else [])]
     try:
-        for process in (agent, service, server):
+        for process in processes:
             process.start()
         deployment.wait_ready()
         yield deployment
     finally:
-        for process in (server, service, agent):
+        for process in reversed(processes):
             process.stop()

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One source, many clients: `offload.publish`.
+
+    relay = await offload.publish(source)            # a connection that sends, or a file on the share that grows
+    sink = await relay.add_sink(writer)              # after the client's request was answered with a header
+    ending = await sink.wait()                       # it left: gone, removed, or the relay is over; the socket is back
+    await relay.remove_sink(sink)                    # call it home
+    await relay.close()                              # all come home
+
+While a socket is in a relay nobody else may use it. When it is back it works on, at the end of an entry of the stream. If the
+host cannot run the relay, this process does (`relay.path` is "local", `relay.reason` says why): the same calls, the same rules."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Any
+
+from guest_agent import local, local_relay, offload_asyncio
+from guest_agent.local_relay import Ending, LocalRelay, LocalSink
+from guest_agent.offload_wire import EXPLANATIONS, Message, Reply, encode_relay, new_token, next_number
+
+JOINS = ("latest", "oldest", "next_sync")
+LAGS = ("head_drop", "drop_to_sync", "disconnect")
+STATUS_LIMIT = 5.0
+Target = socket.socket | asyncio.WriteTransport | asyncio.StreamWriter
+Unsuitable = Callable[[Any], str | None]
+
+
+class Sink:
+    """One client of a relay. `path`: who sends to it, "offloaded" or "local"."""
+
+    def __init__(self, token: str, over: asyncio.Future[Ending], here: LocalSink | None = None) -> None:
+        self.token, self.path = token, "offloaded" if here is None else "local"
+        self._over, self._here = over, here
+
+    @property
+    def over(self) -> bool:
+        """Whether it has left."""
+        return self._over.done()
+
+    async def wait(self) -> Ending:
+        """Until it has left."""
+        return await asyncio.shield(self._over)
+
+
+class Relay:
+    """See `publish`."""
+
+    def __init__(self, token: str, unsuitable: Unsuitable, *, there: LocalRelay | None, reason: str | None, message: str) -> None:
+        self.token, self.reason, self.message = token, reason, message
+        self.path = "local" if there is not None else "offloaded"
+        self._local, self._unsuitable = there, unsuitable
+        self._sinks: dict[str, Sink] = {}
+        self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Done when the source gives no more: why."""
+
+    async def add_sink(
+        self,
+        target: Target,
+        *,
+        priority: str = "normal",
+        join: str = "latest",
+        on_lag: str = "head_drop",
+        lag_soft: int = 0,
+        lag_hard_ms: int = 0,
+        begin: int | None = None,
+    ) -> Sink:
+        """Give the relay one more client: a non-blocking TCP socket, a transport or StreamWriter, or a connected UDP socket.
+
+        `join`: latest, oldest (all that the ring has) or next_sync; `begin`: the entry where it once left, instead. `on_lag`:
+        what happens to it when it is `lag_soft` entries behind (0: as many as the ring has): head_drop, drop_to_sync, disconnect.
+        After `lag_hard_ms` in which it took nothing although there was something it is disconnected (0: never). Raises OSError
+        for a socket that cannot be one (its errno and words say why), ValueError for a bad argument."""
+        _one_of("join", join, JOINS)
+        _one_of("on_lag", on_lag, LAGS)
+        _one_of("priority", priority, ("low", "normal", "high"))
+        options = {
+            "priority": priority,
+            "join": join,
+            "on_lag": on_lag,
+            "lag_soft": lag_soft,
+            "lag_hard_ms": lag_hard_ms,
+            "begin": begin,
+        }
+        if self._local is not None:
+            here = self._local.add_sink(target, join=join, begin=begin)
+            return self._remember(Sink(new_token(), here.over, here))
+        return self._remember(await self._hand_out(target, options))
+
+    async def _hand_out(self, target: Target, options: dict[str, object]) -> Sink:
+        sock, resume = await _prepared(target)
+        udp = sock.type == socket.SOCK_DGRAM
+        reason = None if udp else self._unsuitable(sock)
+        if reason is not None:
+            if resume is not None:
+                resume()
+            raise OSError(errno.EOPNOTSUPP, f"{EXPLANATIONS.get(reason, reason)}, and the relay is at the host")
+        token, number = new_token(), next_number()
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        message = encode_relay("add_udp" if udp else "add_sink", number, token=token, relay=self.token, **options)
+        reply = offload_asyncio.link().begin(
+            number,
+            token,
+            message,
+            sock=None if udp else sock,
+            fds=(sock.fileno(),),
+            when_over=resume,
+            on_note=lambda note: None if taken.done() else taken.set_result(None),
+        )
+        await asyncio.wait((reply, taken), return_when=asyncio.FIRST_COMPLETED)
+        if not taken.done() and reply.result().outcome == "local":
+            raise OSError(reply.result().errno or errno.EOPNOTSUPP, reply.result().message or str(reply.result().reason))
+        return Sink(token, _ended(reply))
+
+    def _remember(self, sink: Sink) -> Sink:
+        self._sinks[sink.token] = sink
+        sink._over.add_done_callback(lambda _: self._sinks.pop(sink.token, None))
+        return sink
+
+    async def remove_sink(self, sink: Sink) -> Ending:
+        """Call a client home; harmless if it has left."""
+        if not sink.over:
+            if self._local is not None and sink._here is not None:
+                await self._local.remove(sink._here)
+            else:
+                self._tell("remove_sink", token=sink.token, relay=self.token)
+        return await sink.wait()
+
+    async def status(self) -> dict[str, Any] | None:
+        """What the engine counts (`streamlift relays` shows the same); None if it does not know the relay any more."""
+        if self._local is not None:
+            return self._local.status()
+        number = next_number()
+        told: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        link = offload_asyncio.link()
+        message = encode_relay("relay_status", number, relay=self.token)
+
+        def hear(note: Message) -> None:
+            if not told.done():
+                told.set_result(note)
+
+        reply = link.begin(number, "", message, sock=None, fds=(), on_note=hear)
+        await asyncio.wait((told, reply), return_when=asyncio.FIRST_COMPLETED, timeout=STATUS_LIMIT)
+        found: dict[str, Any] | None = told.result()["relay_status"] if told.done() else None
+        return found
+
+    async def close(self) -> None:
+        """All clients come home, the source too; returns when they have."""
+        if self._local is not None:
+            await self._local.close()
+        else:
+            self._tell("close_relay", relay=self.token)
+        waiting: list[asyncio.Future[Any]] = [sink._over for sink in self._sinks.values()]
+        await asyncio.gather(*waiting, self.over, return_exceptions=True)
+
+    def _tell(self, operation: str, **fields: object) -> None:
+        offload_asyncio.link().tell(encode_relay(operation, next_number(), **fields))
+
+
+async def publish(
+    source: Target | IO[bytes] | int,
+    unsuitable: Unsuitable,
+    *,
+    framing: str = "raw",
+    budget_ms: int = 0,
+    ring_entries: int = 1024,
+    entry_bytes: int = 16384,
+    max_sinks: int = 65536,
+    offset: int = 0,
+    priority: str = "normal",
+) -> Relay:
+    """`offload.publish`."""
+    _one_of("framing", framing, ("raw", "mpegts"))
+    options = {
+        "framing": framing,
+        "budget_ms": budget_ms,
+        "ring_entries": ring_entries,
+        "entry_bytes": entry_bytes,
+        "max_sinks": max_sinks,
+        "priority": priority,
+        "offset": offset,
+    }
+    link = offload_asyncio.link()
+    reason = await link.ready()
+    plan = await _plan(source, unsuitable, link, options, reason)
+    if plan.reason is not None:
+        if plan.resume is not None:
+            plan.resume()
+        return await _here(source, unsuitable, plan.reason, EXPLANATIONS.get(plan.reason, plan.reason), options)
+    token, number = new_token(), next_number()
+    taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    source_token = new_token()
+    reply = link.begin(
+        number,
+        source_token,
+        encode_relay("publish", number, token=token, source_token=source_token, **plan.fields, **options),
+        sock=plan.sock,
+        fds=plan.fds,
+        when_over=plan.resume,
+        on_note=lambda note: None if taken.done() else taken.set_result(None),
+    )
+    await asyncio.wait((reply, taken), return_when=asyncio.FIRST_COMPLETED)
+    if not taken.done():
+        refusal = reply.result()
+        if refusal.outcome == "local" and not isinstance(source, int):
+            return await _here(source, unsuitable, refusal.reason or "unknown", refusal.message, options)
+        if refusal.outcome != "offloaded":
+            raise OSError(refusal.errno or errno.EOPNOTSUPP, refusal.message or str(refusal.reason))
+    relay = Relay(token, unsuitable, there=None, reason=None, message="")
+    reply.add_done_callback(lambda done: _source_over(relay, done))
+    return relay
+
+
+def _source_over(relay: Relay, reply: asyncio.Future[Reply]) -> None:
+    if not relay.over.done():
+        error = reply.exception()
+        relay.over.set_result(str(error) if error else reply.result().message or reply.result().reason or "")
+
+
+async def _here(source: Any, unsuitable: Unsuitable, reason: str, message: str, options: dict[str, Any]) -> Relay:
+    """This process does it."""
+    if isinstance(source, int):
+        raise OSError(errno.EOPNOTSUPP, f"a UDP port of the host: {message}")
+    ring = {name: options[name] for name in ("ring_entries", "entry_bytes", "offset")}
+    there = local_relay.begin(source, **ring)
+    relay = Relay(new_token(), unsuitable, there=there, reason=reason, message=message)
+    there.over.add_done_callback(lambda done: None if relay.over.done() else relay.over.set_result(done.result()))
+    return relay
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the host is asked. `resume` undoes what was done to the source for that."""
+
+    reason: str | None
+    fields: dict[str, object]
+    fds: tuple[int, ...] = ()
+    sock: Any = None
+    resume: Callable[[], None] | None = None
+
+
+async def _plan(source: Any, unsuitable: Unsuitable, link: Any, options: dict[str, Any], absent: str | None) -> _Plan:
+    if isinstance(source, int):
+        return _Plan(absent, {"source": "udp", "port": source})
+    if not isinstance(source, socket.socket | asyncio.WriteTransport | asyncio.StreamWriter):
+        path = os.readlink(f"/proc/self/fd/{source.fileno()}")
+        shared = absent or (None if path.startswith(link.prefixes()) else "not_on_share")
+        return _Plan(shared, {"source": "file"}, (source.fileno(),))
+    if absent is not None:
+        return _Plan(absent, {})
+    sock, resume = await _prepared(source)
+    return _Plan(unsuitable(sock), {"source": "connection"}, (sock.fileno(),), sock, resume)
+
+
+async def _prepared(target: Target) -> tuple[Any, Callable[[], None] | None]:
+    """A target's socket, with nothing left in its transport; and what lets the transport read again."""
+    if isinstance(target, socket.socket):
+        if target.gettimeout() != 0:
+            raise ValueError("the socket must be non-blocking")
+        return target, None
+    transport: Any = target.transport if isinstance(target, asyncio.StreamWriter) else target
+    if transport.is_closing():
+        raise ConnectionResetError(errno.ECONNRESET, "the transport is closing")
+    await local.drain(transport)
+    return transport.get_extra_info("socket"), local_relay.pause_reading(transport)
+
+
+def _ended(reply: asyncio.Future[Reply]) -> asyncio.Future[Ending]:
+    over: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+
+    def done(reply: asyncio.Future[Reply]) -> None:
+        error = reply.exception()
+        if error is not None:
+            over.set_result(Ending(0, "host_lost", str(error), None, alive=False))
+            return
+        said = reply.result()
+        over.set_result(Ending(said.sent, said.reason, said.message, said.cursor, alive=said.outcome != "failed"))
+
+    reply.add_done_callback(done)
+    return over
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Live streams through the whole product: an encoder connects to the live server in the guest, listeners too, and every byte
+goes through the host."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.client import make_content
+from tests.namespaces import capture
+from tests.namespaces.deployment import LIVE_PASSWORD, LIVE_PORT, ROOT, Deployment, deployed, wait_for
+from tests.namespaces.topology import Network, routed
+
+pytestmark = pytest.mark.root
+
+END_OF_STREAM = (b"[http @", f"http://10.77.1.2:{LIVE_PORT}".encode(), b"Last message repeated")
+"""What ffmpeg says at the end of any stream whose length it was not told."""
+BEGIN = "here the stream begins that everybody has"
+
+
+@pytest.fixture(scope="module")
+def share(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("share")
+    make_content(str(folder), (1000, 288_600))
+    return folder
+
+
+@pytest.fixture
+def live(tmp_path: Path, share: Path) -> Iterator[Deployment]:
+    with routed() as network, deployed(network, tmp_path, share, live=True) as deployment:
+        wait_for(lambda: _mounts(deployment) is not None, "the live server")
+        yield deployment
+
+
+def _mounts(deployment: Deployment, address: str = "10.77.1.2") -> Any:
+    try:
+        return json.loads(deployment.network.client.run("curl", "-sf", "-m", "5", f"http://{address}:{LIVE_PORT}/"))["mounts"]
+    except (RuntimeError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def encoder(network: Network, path: str, *, content_type: str = "audio/mpeg", family: int = 4) -> Iterator[socket.socket]:
+    """A connection of an encoder that was let in."""
+    words = base64.b64encode(f"source:{LIVE_PASSWORD}".encode()).decode()
+    head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Basic {words}\r\nContent-Type: {content_type}\r\n\r\n"
+    with network.client.entered():
+        sock = socket.create_connection((network.guest_address[family], LIVE_PORT), timeout=20)
+    with sock:
+        sock.sendall(head.encode())
+        assert sock.recv(1000).endswith(b"\r\n\r\n")
+        yield sock
+
+
+@contextlib.contextmanager
+def listeners(
+    deployment: Deployment, path: str, count: int, *, begin: str = "", family: int = 4
+) -> Iterator[subprocess.Popen[str]]:
+    """Listeners that have all been answered."""
+    argv = ["ip", "netns", "exec", deployment.network.client.name, sys.executable, "-m", "tests.namespaces.listeners"]
+    argv += [deployment.network.guest_address[family], str(LIVE_PORT), path, str(count)]
+    argv += ["--from", begin] if begin else []
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    with process:
+        assert process.stdout is not None and process.stdin is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            process.wait(20)
+
+
+def found(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """What the listeners got, once the stream is over."""
+    assert process.stdout is not None
+    return [json.loads(line) for line in process.stdout]
+
+
+def relay(deployment: Deployment) -> dict[str, Any]:
+    """The one relay."""
+    (row,) = deployment.call("relays")["relays"]
+    return dict(row)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_every_byte_to_every_listener(live: Deployment, tmp_path: Path, family: int) -> None:
+    """The encoder and forty listeners come through the guest's server; the host alone sends."""
+    network, count, blocks = live.network, 40, [os.urandom(25_000) for _ in range(30)]
+    network.keep_order()
+    body = BEGIN.encode() + b"".join(blocks)
+    with capture.captured(network.client, tmp_path / "link.pcap"):
+        with encoder(network, "/radio", family=family) as source:
+            wait_for(lambda: _mounts(live), "the mount")
+            with listeners(live, "/radio", count, begin=BEGIN, family=family) as process:
+                wait_for(lambda: relay(live)["sink_count"] == count, "all are sinks")
+                source.sendall(BEGIN.encode())
+                for block in blocks:
+                    source.sendall(block)
+                    time.sleep(0.01)
+                wait_for(lambda: relay(live)["bytes_in"] >= len(body), "all has come")
+                row = relay(live)
+                source.shutdown(socket.SHUT_WR)
+                groups = found(process)
+    assert groups == [{"count": count, "size": len(body), "sha256": hashlib.sha256(body).hexdigest(), "error": ""}]
+    assert (row["engine"], row["ended"]) == ("user", "")
+    assert row["out"]["turns"] < row["out"]["entries"], "the latency budget made fewer sends"
+    wait_for(lambda: not live.call("connections")["connections"], "all are home")
+    assert live.call("relays")["relays"] == []
+    wait_for(lambda: _mounts(live) == [], "the mount is gone")
+    assert live.machine()["handed_out"] == live.machine()["handed_back"] + live.machine()["failed"] == count + 1
+    servers = {(network.guest_address[family], LIVE_PORT)}
+    assert capture.judge(capture.read(tmp_path / "link.pcap"), servers) == []
+
+
+def _others_have(live: Deployment, sent: int, slow: int) -> bool:
+    """Those that do not read do not hold the source up."""
+    row = relay(live)
+    behind = [sink for sink in row["sinks"] if sink["state"] != "live" or sink["lag"]]
+    return bool(row["bytes_in"] >= sent and len(behind) <= slow)
+
+
+def test_a_listener_that_stalls_or_leaves_harms_nobody(live: Deployment) -> None:
+    network = live.network
+    body = BEGIN.encode() + os.urandom(30_000_000)
+    with encoder(network, "/radio") as source:
+        wait_for(lambda: _mounts(live), "the mount")
+        with network.client.entered():
+            stalled, gone = (socket.create_connection((network.guest_address[4], LIVE_PORT), timeout=20) for _ in range(2))
+        with listeners(live, "/radio", 20, begin=BEGIN) as process, stalled, gone:
+            for sock in (stalled, gone):
+                sock.sendall(b"GET /radio HTTP/1.0\r\n\r\n")
+            wait_for(lambda: relay(live)["sink_count"] == 22, "all are sinks")
+            for at in range(0, len(body), 1_000_000):
+                source.sendall(body[at : at + 1_000_000])
+                if at == 15_000_000:
+                    gone.close()
+                slow = 1 if gone.fileno() < 0 else 2
+                wait_for(lambda: _others_have(live, min(at + 1_000_000, len(body)), slow), "the others have all")  # noqa: B023
+            wait_for(lambda: relay(live)["sink_count"] == 21, "one is gone")
+            source.shutdown(socket.SHUT_WR)
+            stalled.close()
+            groups = found(process)
+    assert groups == [{"count": 20, "size": len(body), "sha256": hashlib.sha256(body).hexdigest(), "error": ""}]
+    wait_for(lambda: not live.call("connections")["connections"], "all are home or gone", patience=30)
+
+
+def test_real_encoder_and_player(live: Deployment, tmp_path: Path) -> None:
+    """ffmpeg encodes a transport stream into the guest, ffmpeg and curl watch; what each got decodes."""
+    network, outputs = live.network, [tmp_path / f"curl{number}.ts" for number in range(5)]
+    url = f"http://{network.guest_address[4]}:{LIVE_PORT}/film"
+    source = ["-f", "lavfi", "-i", "testsrc=size=320x180:rate=25", "-f", "lavfi", "-i", "sine", "-t", "8"]
+    target = f"icecast://source:{LIVE_PASSWORD}@{network.guest_address[4]}:{LIVE_PORT}/film"
+    argv = [
+        "ffmpeg",
+        "-v",
+        "error",
+        "-re",
+        *source,
+        "-g",
+        "25",
+        "-c:v",
+        "libx264",
+        "-preset",
+        "ultrafast",
+        "-c:a",
+        "aac",
+        "-f",
+        "mpegts",
+    ]
+    with network.client.popen([*argv, "-content_type", "video/mp2t", target]) as encoding:
+        wait_for(lambda: _mounts(live), "the mount")
+        curls = [network.client.popen(["curl", "-s", "-o", str(path), url]) for path in outputs]
+        player = network.client.popen(["ffmpeg", "-v", "error", "-i", url, "-f", "null", "-"], stderr=subprocess.PIPE)
+        assert encoding.wait(40) == 0
+        for process in curls:
+            assert process.wait(10) == 0
+        _, words = player.communicate(timeout=10)
+        assert player.returncode == 0
+        assert [line for line in words.splitlines() if not line.strip().startswith(END_OF_STREAM)] == []
+    for path in outputs:
+        done = subprocess.run(["ffmpeg", "-v", "error", "-i", str(path), "-f", "null", "-"], capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b""), path
+        assert path.stat().st_size > 200_000
+
+
+def test_who_may_send(live: Deployment) -> None:
+    def status(*arguments: str) -> str:
+        url = f"http://10.77.1.2:{LIVE_PORT}/radio"
+        return live.network.client.run("curl", "-s", "-m", "5", "-o", "/dev/null", "-w", "%{http_code}", *arguments, url).strip()
+
+    assert status() == "404"
+    assert status("-X", "PUT") == "401"
+    assert status("-X", "PUT", "-u", "source:wrong") == "401"
+    assert status("-X", "PUT", "-u", f"source:{LIVE_PASSWORD}", "-H", "Transfer-Encoding: chunked", "-d", "x") == "411"
+    assert status("-X", "DELETE") == "405"
+    with encoder(live.network, "/radio"):
+        wait_for(lambda: _mounts(live), "the mount")
+        assert status("-X", "PUT", "-u", f"source:{LIVE_PASSWORD}") == "409"
+
+
+def test_without_a_host_the_server_does_it_itself(live: Deployment) -> None:
+    live.service.stop()
+    body = BEGIN.encode() + os.urandom(2_000_000)
+    wait_for(lambda: not live.agent.log.read_text().endswith("answers\n"), "the agent noticed")
+    with encoder(live.network, "/radio") as source:
+        wait_for(lambda: _mounts(live), "the mount")
+        assert [(mount["path"], mount["reason"]) for mount in _mounts(live)] == [("local", "host_away")]
+        with listeners(live, "/radio", 10, begin=BEGIN) as process:
+            wait_for(lambda: _mounts(live)[0]["relay"]["sink_count"] == 10, "all are sinks")
+            source.sendall(body)
+            source.shutdown(socket.SHUT_WR)
+            groups = found(process)
+    assert groups == [{"count": 10, "size": len(body), "sha256": hashlib.sha256(body).hexdigest(), "error": ""}]
