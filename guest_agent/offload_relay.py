@@ -132,7 +132,8 @@ class Relay:
         return await sink.wait()
 
     async def status(self) -> dict[str, Any] | None:
-        """What the engine counts (`streamlift relays` shows the same); None if it does not know the relay any more."""
+        """What the engine counts, all sinks together (`streamlift relays` shows each); None if the host does not know the relay any
+        more. Raises TimeoutError."""
         if self._local is not None:
             return self._local.status()
         number = next_number()
@@ -145,7 +146,11 @@ class Relay:
                 told.set_result(note)
 
         reply = link.begin(number, "", message, sock=None, fds=(), on_note=hear)
-        await asyncio.wait((told, reply), return_when=asyncio.FIRST_COMPLETED, timeout=STATUS_LIMIT)
+        done, _ = await asyncio.wait((told, reply), return_when=asyncio.FIRST_COMPLETED, timeout=STATUS_LIMIT)
+        if not done:
+            raise TimeoutError(f"the agent did not answer for {STATUS_LIMIT:g} s")
+        if reply.done():
+            reply.result()  # raises what happened to the agent
         found: dict[str, Any] | None = told.result()["relay_status"] if told.done() else None
         return found
 
@@ -260,7 +265,7 @@ async def _plan(source: Any, unsuitable: Unsuitable, link: Any, options: dict[st
 async def _prepared(target: Target) -> tuple[Any, Callable[[], None] | None]:
     """A target's socket, with nothing left in its transport; and what lets the transport read again."""
     if isinstance(target, socket.socket):
-        if target.gettimeout() != 0:
+        if target.gettimeout() != 0 and target.type == socket.SOCK_STREAM:
             raise ValueError("the socket must be non-blocking")
         return target, None
     transport: Any = target.transport if isinstance(target, asyncio.StreamWriter) else target

@@ -128,12 +128,20 @@ static int payload_take(struct payload *payload, PyObject *sequence)
 
 /* One turn of each kind; without the interpreter's lock. */
 
+/* send() is the cheaper call, and one buffer the usual case. */
+static ssize_t send_iov(int fd, struct iovec *iov, Py_ssize_t count)
+{
+	const struct msghdr message = { .msg_iov = iov, .msg_iovlen = count };
+
+	if (count == 1)
+		return send(fd, iov->iov_base, iov->iov_len, FLAGS);
+	return sendmsg(fd, &message, FLAGS);
+}
+
 static void stream_turn(const struct herd *herd, const struct payload *payload, struct outcome *outcome)
 {
-	const struct msghdr message = { .msg_iov = payload->iov, .msg_iovlen = payload->count };
-
 	for (Py_ssize_t i = 0, at = herd->start; i < herd->count; i++, at = (at + 1) % herd->size) {
-		ssize_t sent = sendmsg(fd_at(herd, at), &message, FLAGS);
+		ssize_t sent = send_iov(fd_at(herd, at), payload->iov, payload->count);
 
 		if (sent != (ssize_t)payload->bytes)
 			note(outcome, at, sent < 0 ? -errno : sent);
@@ -145,13 +153,8 @@ static void datagram_turn(const struct herd *herd, const struct payload *payload
 	for (Py_ssize_t i = 0, at = herd->start; i < herd->count; i++, at = (at + 1) % herd->size) {
 		Py_ssize_t sent = 0;
 
-		while (sent < payload->count) {
-			const struct msghdr message = { .msg_iov = &payload->iov[sent], .msg_iovlen = 1 };
-
-			if (sendmsg(fd_at(herd, at), &message, FLAGS) < 0)
-				break;
+		while (sent < payload->count && send_iov(fd_at(herd, at), &payload->iov[sent], 1) >= 0)
 			sent++;
-		}
 		if (sent != payload->count)
 			note(outcome, at, sent ? sent : -errno);
 	}

@@ -343,7 +343,7 @@ class Guests:
 
     def _on_relay_status(self, guest: Guest, header: Header, body: bytes) -> None:
         relay = guest.relays.get(read_token(header))
-        row = self.relays.row(relay) if relay is not None else None
+        row = self.relays.row(relay, sinks=False) if relay is not None else None
         guest.send({"type": "relay_status", "relay": read_token(header)}, json.dumps(row).encode())
 
     def _refuse_relay(self, guest: Guest, relay: str, token: str, error: HandoffError) -> None:

@@ -43,8 +43,8 @@ from hypervisor_svc.splice import (
     Source,
 )
 
-QUANTUM = 64
-"""Sinks of one turn's quantum."""
+QUANTUM = 256
+"""Sinks of one quantum: about a millisecond."""
 TURN_BYTES = 1 << 17
 """What a sink gets in one turn at most; so many bytes do not wait for the latency budget either."""
 RECEIVE_BYTES = 1 << 16
@@ -89,9 +89,11 @@ class UserEngine:
         return UserSession(self, source, options, owner=owner, level=level, on_end=on_end)
 
     def watch(self, sink: _Sink) -> None:
-        """Tell the sink when its socket has room, or is dead."""
-        self._sinks[sink.fd] = sink
-        self._epoll.register(sink.fd, _EVENTS)
+        """Tell the sink when its socket has room, or is dead. A UDP socket has room after each datagram, and says so every time:
+        only one that had none is watched."""
+        if sink.fd not in self._sinks:
+            self._sinks[sink.fd] = sink
+            self._epoll.register(sink.fd, _EVENTS)
 
     def unwatch(self, sink: _Sink) -> None:
         """The opposite."""
@@ -201,7 +203,8 @@ class UserSession:
             raise ValueError("the relay's source has ended")
         sink = _Sink(next(self._numbers), sock, options, on_left, self)
         self._sinks[sink.number] = sink
-        self.engine.watch(sink)
+        if kind is _Streams:
+            self.engine.watch(sink)
         self.group(sink, kind).admit(sink)
         if self._sweep is None:
             self._sweep = self.engine.loop.call_later(SWEEP_INTERVAL, self._sweep_stragglers)
@@ -753,7 +756,7 @@ class _Sink:
             if result > 0:
                 self.session.engine.schedule.add(self)  # ask until it says EAGAIN: only then is there an event
         elif -result in _WAIT:
-            pass
+            self.session.engine.watch(self)
         else:
             self.session.stragglers.discard(self)
             self.group.resolve(self, run, result)
@@ -764,6 +767,8 @@ class _Sink:
             self.session.leave(self, Left.SOURCE_ENDED)
         elif group.meets(cast(int, self.cursor)):
             self.session.stragglers.discard(self)
+            if not isinstance(group, _Streams):
+                self.session.engine.unwatch(self)
             group.arrive(self)
             group.go_on()
 

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.client import make_content
+from tests.hypervisor_svc.transport_stream import stream
 from tests.namespaces import capture
 from tests.namespaces.deployment import LIVE_PASSWORD, LIVE_PORT, ROOT, Deployment, deployed, wait_for
 from tests.namespaces.topology import Network, routed
@@ -127,6 +128,29 @@ def test_every_byte_to_every_listener(live: Deployment, tmp_path: Path, family: 
     assert capture.judge(capture.read(tmp_path / "link.pcap"), servers) == []
 
 
+@pytest.mark.parametrize("family", [4])
+def test_two_thousand_listeners(live: Deployment, family: int) -> None:
+    """Every byte to each of them, and all at home in the end."""
+    network, count = live.network, 2000
+    body = BEGIN.encode() + os.urandom(400_000)
+    with encoder(network, "/radio", family=family) as source:
+        wait_for(lambda: _mounts(live), "the mount")
+        with listeners(live, "/radio", count, begin=BEGIN, family=family) as process:
+            wait_for(lambda: relay(live)["sink_count"] == count, "all are sinks", patience=60)
+            for at in range(0, len(body), 40_000):
+                source.sendall(body[at : at + 40_000])
+                time.sleep(0.2)
+            wait_for(lambda: relay(live)["out"]["bytes"] == count * len(body), "all has gone", patience=60)
+            row = relay(live)
+            source.shutdown(socket.SHUT_WR)
+            groups = found(process)
+    assert groups == [{"count": count, "size": len(body), "sha256": hashlib.sha256(body).hexdigest(), "error": ""}]
+    assert row["out"]["overrun"] == row["out"]["lagged"] == 0
+    wait_for(lambda: not live.call("connections")["connections"], "all are home", patience=60)
+    machine = live.machine()
+    assert (machine["handed_out"], machine["failed"] + machine["ended"]) == (count + 1, 0)
+
+
 def _others_have(live: Deployment, sent: int, slow: int) -> bool:
     """Those that do not read do not hold the source up."""
     row = relay(live)
@@ -226,3 +250,85 @@ def test_without_a_host_the_server_does_it_itself(live: Deployment) -> None:
             source.shutdown(socket.SHUT_WR)
             groups = found(process)
     assert groups == [{"count": 10, "size": len(body), "sha256": hashlib.sha256(body).hexdigest(), "error": ""}]
+
+
+# The API, beyond what the live server does with it.
+
+
+@contextlib.contextmanager
+def application(deployment: Deployment, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`relay_app.py` in the guest."""
+    argv = ["ip", "netns", "exec", deployment.network.guest.name, sys.executable, "-m", "tests.namespaces.relay_app", *arguments]
+    environment = {**os.environ, "STREAMLIFT_AGENT": str(deployment.folder / "agent.sock")}
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    with process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def told(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The next line."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, "the application ended"
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_two_thousand_udp_sinks_of_a_growing_file(live: Deployment, share: Path, family: int) -> None:
+    """With the VM's own address; every datagram, whole packets of the transport stream."""
+    network, count, first = live.network, 2000, 20_000
+    address, path = network.client_address[family], share / f"live{family}.ts"
+    data = b"".join(stream(40))
+    path.write_bytes(data[:20_000])
+    argv = ["ip", "netns", "exec", network.client.name, sys.executable, "-m", "tests.namespaces.udp_receivers"]
+    receivers = subprocess.Popen(
+        [*argv, address, str(first), str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    with receivers, application(live, "udp", str(path), address, str(first), str(count)) as process:
+        assert receivers.stdout is not None and receivers.stdin is not None and process.stdin is not None
+        assert receivers.stdout.readline() == "ready\n"
+        assert told(process) == {"path": "offloaded", "reason": None, "sinks": count}
+        with path.open("ab") as writer:
+            for at in range(20_000, len(data), 20_000):
+                writer.write(data[at : at + 20_000])
+                writer.flush()
+                time.sleep(0.1)
+        wait_for(lambda: relay(live)["out"]["bytes"] == count * len(data), "all has gone", patience=60)
+        process.stdin.write("now\n")
+        process.stdin.flush()
+        seen = told(process)
+        assert seen["status"]["sink_count"] == count and seen["status"]["out"]["turns"] < seen["status"]["out"]["entries"] / 2
+        assert seen["ending"]["alive"] and seen["ending"]["reason"] is None
+        assert told(process) == {"left": count}
+        receivers.stdin.close()
+        groups = [json.loads(line) for line in receivers.stdout]
+    digest = hashlib.sha256(data).hexdigest()
+    whole = {"count": count, "sha256": digest, "bytes": len(data), "from": [network.guest_address[family]]}
+    assert [{key: group[key] for key in whole} for group in groups] == [whole]
+    assert live.call("relays")["relays"] == []
+
+
+def test_a_client_that_comes_and_goes_has_no_gap(live: Deployment, share: Path) -> None:
+    """Called home at the end of an entry, spoken to by the application, sent out again: ten times on one socket."""
+    path, data = share / "film.ts", b"".join(stream(4000))
+    path.write_bytes(data)
+    with application(live, "back_and_forth", str(path), "9000") as process:
+        assert told(process) == {"path": "offloaded", "reason": None}
+        with live.network.client.entered():
+            sock = socket.create_connection((live.network.guest_address[4], 9000), timeout=20)
+        with sock:
+            sock.sendall(b"hello, while it is out")
+            got = bytearray()
+            while not got.endswith(b"<end>"):
+                got += sock.recv(1 << 18)
+            seen = told(process)
+    parts = bytes(got).split(b"<pause>")
+    assert len(parts) == 11 and parts[-1] == b"<end>"
+    assert b"".join(parts[:-1]) == data[: sum(map(len, parts[:-1]))]
+    assert all(len(part) % 188 == 0 for part in parts[:-1]) and sum(bool(part) for part in parts) > 2
+    assert [ending["sent"] for ending in seen["endings"]] == [len(part) for part in parts[:-1]]
+    assert seen["heard"] == "hello, while it is out"

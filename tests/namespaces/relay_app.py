@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An application in the guest that uses `offload.publish` in ways that the live server does not; told what to do on its command
+line, it prints what it saw as JSON lines.
+
+    udp FILE ADDRESS FIRST_PORT COUNT    a growing file to UDP sinks, until standard input ends
+    back_and_forth FILE PORT             one client that is called home and sent out again, entry by entry"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sys
+from dataclasses import asdict
+
+from guest_agent import offload
+
+
+def say(**facts: object) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+async def standard_input() -> None:
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+
+
+async def udp(path: str, address: str, first: int, count: int) -> None:
+    with open(path, "rb") as file:
+        relay = await offload.publish(file, framing="mpegts", entry_bytes=1316, budget_ms=20, ring_entries=4096)
+    sinks = []
+    for port in range(first, first + count):
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect((address, port))
+            sinks.append(await relay.add_sink(sock, join="oldest"))
+    say(path=relay.path, reason=relay.reason, sinks=len(sinks))
+    await standard_input()
+    status = await relay.status()
+    ending = await relay.remove_sink(sinks[0])
+    say(status=status, ending=asdict(ending))
+    await relay.close()
+    say(left=sum(sink.over for sink in sinks))
+
+
+async def back_and_forth(path: str, port: int) -> None:
+    """The client's words and ours pass between the stays at the host, on the same socket."""
+    with open(path, "rb") as file, socket.create_server(("", port)) as listener:
+        relay = await offload.publish(file, framing="mpegts", entry_bytes=1316, ring_entries=65536)
+        say(path=relay.path, reason=relay.reason)
+        loop = asyncio.get_running_loop()
+        listener.setblocking(False)
+        client, _ = await loop.sock_accept(listener)
+        client.setblocking(False)
+        cursor: int | None = 0
+        endings = []
+        with client:
+            for _ in range(10):
+                sink = await relay.add_sink(client, begin=cursor)
+                await asyncio.sleep(0.05)
+                ending = await relay.remove_sink(sink)
+                endings.append(asdict(ending))
+                cursor = ending.cursor
+                await loop.sock_sendall(client, b"<pause>")
+            await loop.sock_sendall(client, b"<end>")
+            say(endings=endings, heard=(await loop.sock_recv(client, 100)).decode())
+        await relay.close()
+
+
+def main() -> None:
+    what, path, *more = sys.argv[1:]
+    if what == "udp":
+        asyncio.run(udp(path, more[0], int(more[1]), int(more[2])))
+    else:
+        asyncio.run(back_and_forth(path, int(more[0])))
+
+
+if __name__ == "__main__":
+    main()

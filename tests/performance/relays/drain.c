@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Receivers: takes what comes on COUNT descriptors from FIRST on and throws it away without looking (MSG_TRUNC), until standard
+ * input ends; then prints for each how many bytes it got.
+ */
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+int main(int argc, char **argv)
+{
+	static char scratch[1 << 20];
+	int first = argc > 2 ? atoi(argv[1]) : 0, count = argc > 2 ? atoi(argv[2]) : 0;
+	unsigned long long *got = calloc(count + 1, sizeof(*got));
+	struct epoll_event events[512], event = { .events = EPOLLIN };
+	int watch = epoll_create1(0), open = 1;
+
+	if (!got || !count)
+		return 2;
+	for (int i = 0; i < count; i++) {
+		event.data.u32 = i;
+		epoll_ctl(watch, EPOLL_CTL_ADD, first + i, &event);
+	}
+	event.data.u32 = count;
+	epoll_ctl(watch, EPOLL_CTL_ADD, 0, &event);
+	while (open) {
+		int ready = epoll_wait(watch, events, 512, -1);
+
+		for (int i = 0; i < ready; i++) {
+			unsigned int who = events[i].data.u32;
+			ssize_t size;
+
+			if (who == (unsigned int)count) {
+				open = read(0, scratch, sizeof(scratch)) > 0;
+				continue;
+			}
+			size = recv(first + who, scratch, sizeof(scratch), MSG_DONTWAIT | MSG_TRUNC);
+			if (size > 0)
+				got[who] += size;
+			else if (size == 0)
+				epoll_ctl(watch, EPOLL_CTL_DEL, first + who, NULL);
+		}
+	}
+	for (int i = 0; i < count; i++)
+		printf("%llu ", got[i]);
+	printf("\n");
+	return 0;
+}
