@@ -302,6 +302,79 @@ def test_bad_offers(scene: Scene) -> None:
     assert _out(deployment) == 0
 
 
+RELAY = {"source": "file", "path": "file", "inode": 0, "offset": 0, "port": 0}
+RING = {"framing": "raw", "ring_entries": 64, "entry_bytes": 4096, "budget_ms": 0, "max_sinks": 10}
+SINK = {"priority": "normal", "join": "latest", "on_lag": "head_drop", "lag_soft": 0, "lag_hard_ms": 0, "begin": None}
+BAD_RELAYS: list[tuple[dict[str, Any], str]] = [
+    ({"source": "device"}, "bad_request"),
+    ({"source": 7}, "bad_request"),
+    ({"path": "../secret"}, "outside_share"),
+    ({"path": "missing"}, "no_such_file"),
+    ({"offset": 1 << 40}, "file_changed"),
+    ({"source": "udp", "port": 53}, "foreign_address"),
+    ({"framing": "mp4"}, "bad_request"),
+    ({"ring_entries": 1 << 40}, "bad_request"),
+    ({"entry_bytes": -1}, "bad_request"),
+    ({"budget_ms": 1e3}, "bad_request"),
+    ({"max_sinks": 1 << 40}, "bad_request"),
+    ({"source": "connection", "ring_entries": 65536, "entry_bytes": 65536}, "table_full"),
+    ({"more": 1}, "bad_request"),
+]
+BAD_SINKS: list[tuple[dict[str, Any], str]] = [
+    ({"relay": "0" * 32}, "unknown_relay"),
+    ({"relay": "nonsense"}, "bad_request"),
+    ({"local": ["10.77.1.2", 80]}, "foreign_address"),
+    ({"local": ["127.0.0.1", 80]}, "foreign_address"),
+    ({"local": [ADDRESS, 0]}, "bad_request"),
+    ({"local": [ADDRESS]}, "bad_request"),
+    ({"peer": [CLIENT, "x"]}, "bad_request"),
+    ({"peer": {}}, "bad_request"),
+    ({"join": "first"}, "bad_request"),
+    ({"on_lag": []}, "bad_request"),
+    ({"lag_soft": 1 << 40}, "bad_request"),
+    ({"begin": -1}, "bad_request"),
+    ({"priority": "highest"}, "bad_request"),
+]
+
+
+def test_bad_relays(scene: Scene) -> None:
+    """Each is refused with its reason; what a guest may have of them is limited, and they are nobody else's."""
+    deployment, hostile = scene
+    for changes, reason in BAD_RELAYS:
+        token = os.urandom(16).hex()
+        hostile.say({"type": "relay_open", "token": token, **RELAY, **RING} | changes)
+        assert hostile.hear("relay_refused", token=token)["reason"] == reason, changes
+    relay = os.urandom(16).hex()
+    hostile.say({"type": "relay_open", "token": relay, **RELAY, **RING})
+    wait_for(lambda: deployment.call("relays")["relays"], "one is open")
+    udp = {"type": "relay_udp", "relay": relay, "local": [ADDRESS, 5000], "peer": [CLIENT, 5000], **SINK}
+    for changes, reason in BAD_SINKS:
+        token = os.urandom(16).hex()
+        hostile.say(udp | {"token": token} | changes)
+        assert hostile.hear("relay_refused", token=token)["reason"] == reason, changes
+    header, body = hand_out(os.urandom(16).hex(), "file", hostile.snapshot())
+    join = {"type": "relay_join", "token": header["token"], "relay": relay, "role": "sink", **SINK, "snapshot": header["snapshot"]}
+    roles = [({"relay": "0" * 32}, "unknown_relay"), ({"role": "owner"}, "bad_request"), ({"role": "source"}, "duplicate_token")]
+    for changes, reason in roles:
+        hostile.say(join | changes, body)
+        assert hostile.hear("refused", token=header["token"])["reason"] == reason, changes
+    for number in range(11):
+        hostile.say(udp | {"token": f"{number:032x}", "peer": [CLIENT, 5000 + number]})
+    assert hostile.hear("relay_refused", token=f"{10:032x}")["reason"] == "table_full"
+    for _ in range(70):
+        hostile.say({"type": "relay_open", "token": os.urandom(16).hex(), **RELAY, **RING})
+    wait_for(lambda: len(deployment.call("relays")["relays"]) == 64, "as many as it may have")
+    for kind in ("relay_close", "relay_remove", "relay_status", "relay_udp_remove"):
+        hostile.say({"type": kind, "token": os.urandom(16).hex(), "relay": [relay]})
+    hostile.say({"type": "relay_close", "token": relay})
+    wait_for(lambda: len(deployment.call("relays")["relays"]) == 63, "it closes one")
+    hostile.connect()
+    assert len(deployment.call("relays")["relays"]) == 63, "the same agent came back"
+    hostile.session.about["instance"] = "1"
+    hostile.connect()
+    wait_for(lambda: not deployment.call("relays")["relays"], "another agent has none")
+
+
 def test_replies_to_requests_never_made(scene: Scene) -> None:
     deployment, hostile = scene
     kinds = ("restored", "restore_failed", "late")

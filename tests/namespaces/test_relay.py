@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -250,6 +251,90 @@ def test_without_a_host_the_server_does_it_itself(live: Deployment) -> None:
             source.shutdown(socket.SHUT_WR)
             groups = found(process)
     assert groups == [{"count": 10, "size": len(body), "sha256": hashlib.sha256(body).hexdigest(), "error": ""}]
+
+
+# Whoever dies.
+
+
+def _nothing_left(live: Deployment) -> None:
+    wait_for(lambda: not live.call("connections")["connections"], "nothing is out", patience=40)
+    wait_for(lambda: not live.call("relays")["relays"], "no relay is left", patience=40)
+    live.wait_ready()
+    body = live.network.client.run("sh", "-c", f"curl -sf -m 10 http://10.77.1.2:{live.port}/288600.bin | sha256sum").split()[0]
+    assert body == hashlib.sha256((live.share / "288600.bin").read_bytes()).hexdigest()
+
+
+def test_the_server_is_killed(live: Deployment) -> None:
+    """Encoder and listeners see their connections end, as if it had been the server's own."""
+    assert live.live is not None
+    with encoder(live.network, "/radio") as source:
+        wait_for(lambda: _mounts(live), "the mount")
+        with listeners(live, "/radio", 20) as process:
+            wait_for(lambda: relay(live)["sink_count"] == 20, "all are sinks")
+            source.sendall(bytes(100_000))
+            wait_for(lambda: relay(live)["bytes_in"] == 100_000, "it has come")
+            live.live.kill()
+            assert sum(group["count"] for group in found(process)) == 20
+            source.settimeout(20)
+            assert _ends(source)
+    live.live.start()
+    _nothing_left(live)
+
+
+def _ends(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(100) == b""
+    except ConnectionError:
+        return True
+
+
+def test_the_agent_is_killed(live: Deployment) -> None:
+    """Its next life takes the sockets over: the stream stops, because nobody knows whose it was; the server says so, and the
+    connections are usable to the end."""
+    with encoder(live.network, "/radio") as source:
+        wait_for(lambda: _mounts(live), "the mount")
+        with listeners(live, "/radio", 20, begin=BEGIN) as process:
+            wait_for(lambda: relay(live)["sink_count"] == 20, "all are sinks")
+            body = BEGIN.encode() + os.urandom(50_000)
+            source.sendall(body)
+            wait_for(lambda: relay(live)["out"]["bytes"] == 20 * len(body), "all have it")
+            live.agent.kill()
+            live.agent.start()
+            groups = found(process)
+    assert groups == [{"count": 20, "size": len(body), "sha256": hashlib.sha256(body).hexdigest(), "error": ""}]
+    _nothing_left(live)
+
+
+def test_the_service_is_killed(live: Deployment) -> None:
+    """What it had is lost, and everybody is told; the next stream goes through its next life."""
+    with encoder(live.network, "/radio") as source:
+        wait_for(lambda: _mounts(live), "the mount")
+        with listeners(live, "/radio", 20) as process:
+            wait_for(lambda: relay(live)["sink_count"] == 20, "all are sinks")
+            source.sendall(bytes(100_000))
+            wait_for(lambda: relay(live)["bytes_in"] == 100_000, "it has come")
+            os.kill(live.status()["pid"], signal.SIGKILL)
+            assert sum(group["count"] for group in found(process)) == 20
+    wait_for(lambda: _mounts(live) == [], "the mount is gone", patience=30)
+    _nothing_left(live)
+    with encoder(live.network, "/radio") as source:
+        wait_for(lambda: _mounts(live), "the mount again")
+        assert _mounts(live)[0]["path"] == "offloaded"
+
+
+def test_the_operator_calls_everything_home(live: Deployment) -> None:
+    """`streamlift hand-back --all`: the sockets are the server's again, at the end of an entry."""
+    with encoder(live.network, "/radio") as source:
+        wait_for(lambda: _mounts(live), "the mount")
+        with listeners(live, "/radio", 20, begin=BEGIN) as process:
+            wait_for(lambda: relay(live)["sink_count"] == 20, "all are sinks")
+            body = BEGIN.encode() + os.urandom(50_000)
+            source.sendall(body)
+            wait_for(lambda: relay(live)["out"]["bytes"] == 20 * len(body), "all have it")
+            assert live.call("hand_back", machine="guest")["handed_back"] == 21
+            groups = found(process)
+    assert groups == [{"count": 20, "size": len(body), "sha256": hashlib.sha256(body).hexdigest(), "error": ""}]
+    _nothing_left(live)
 
 
 # The API, beyond what the live server does with it.
