@@ -170,6 +170,9 @@ def deploy(
     accelerator: Annotated[str, typer.Option(help="auto, kvm or tcg; auto tries whether KVM works.")] = "auto",
     mode: Annotated[str | None, typer.Option(help="routed or bridged; with --bridge: bridged.")] = None,
     bridge: Annotated[str | None, typer.Option(help="Join this bridge of the host, which has an address on it.")] = None,
+    live_password: Annotated[
+        str | None, typer.Option(help="Start the image's live server on port 8000, for encoders that know this word.")
+    ] = None,
 ) -> None:
     """Build the image if needed, make a streaming VM and start it: on a network of its own, or on a bridge of the host."""
     from hypervisor_svc.deploy import BRIDGE, Deployment
@@ -197,6 +200,7 @@ def deploy(
             accelerator=accelerator,  # type: ignore[arg-type]
             mode=mode,  # type: ignore[arg-type]
             bridge=bridge or BRIDGE,
+            live_password=live_password,
         )
         made = make(connection, wanted)
     typer.echo(f"{made.name} runs ({made.accelerator}) at {', '.join(made.addresses)}; console: {made.console_log}")

@@ -47,6 +47,7 @@ class Deployment:
 
     routed: the VM sits on a libvirt network of its own, `bridge` is that network's bridge, and the gateways
     (by default the first addresses of the networks) are the host's own addresses on it.
+    live_password: the image's live server runs, and encoders need this word.
     bridged: the VM's port joins the host's bridge `bridge`, which somebody else made.
     """
 
@@ -64,6 +65,7 @@ class Deployment:
     vcpus: int = 2
     accelerator: Choice = "auto"
     read_only_share: bool = True
+    live_password: str | None = None
     machines: Path = MACHINES
 
     @property
@@ -176,16 +178,20 @@ def network_element(deployment: Deployment) -> ET.Element:
 
 
 def kernel_arguments(deployment: Deployment) -> str:
-    """The guest reads its name and addresses from here: see vm_images/guest/network."""
+    """The guest reads its name and addresses from here: see vm_images/guest/network and live."""
     words = ["console=ttyS0", "quiet", "net.ifnames=0", "panic=-1", f"systemd.hostname={deployment.name}"]
     words += [f"streamlift.address={ipaddress.ip_interface(address)}" for address in deployment.addresses]
     words += [f"streamlift.gateway={ipaddress.ip_address(gateway)}" for gateway in deployment.gateways]
+    if deployment.live_password is not None:
+        words.append(f"streamlift.live_password={deployment.live_password}")
     return " ".join(words)
 
 
 def _check(connection: libvirt.virConnect, deployment: Deployment) -> None:
     if not NAME.fullmatch(deployment.name):
         raise MachineError(f"{deployment.name!r} cannot be a VM's name", hint="use letters, digits, '-', '_' and '.'")
+    if deployment.live_password is not None and not NAME.fullmatch(deployment.live_password):
+        raise MachineError("this cannot be the live server's password", hint="use letters, digits, '-', '_' and '.'")
     if any(domain.name() == deployment.name for domain in connection.listAllDomains()):
         raise MachineError(f"a VM named {deployment.name!r} exists already", hint="choose another name or undeploy it first")
     if not deployment.share_directory.is_dir():

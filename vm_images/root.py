@@ -109,10 +109,11 @@ def install_agent(root: Path) -> None:
     run(["chroot", root, *compile_all, "/usr/lib/python3/dist-packages/guest_agent"])
     scripts = root / "usr" / "lib" / "streamlift"
     scripts.mkdir()
-    shutil.copy(GUEST_FILES / "network", scripts / "network")
+    for script in ("network", "live"):
+        shutil.copy(GUEST_FILES / script, scripts / script)
     _install_unit(root, GUEST_FILES / "streamlift-network.service", wanted_by="sysinit.target")
     _install_unit(root, GUEST_FILES / "srv-share.mount", wanted_by="multi-user.target")
-    for server in ("streamlift-media.service", "streamlift-media-plain.service"):
+    for server in ("streamlift-media.service", "streamlift-media-plain.service", "streamlift-live.service"):
         _install_unit(root, GUEST_FILES / server, wanted_by="multi-user.target")
     _install_unit(root, AGENT_UNIT, wanted_by="multi-user.target")
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`./run demo [--keep] [--json FILE]`: everything from nothing to a played stream, and nothing left behind.
+"""`./run demo [--keep] [--json FILE]`, `./run demo live`: everything from nothing to a played stream, and nothing left behind.
 
 A hypervisor in namespaces of its own (`tests/vm/libvirt_host.py`), the service, a VM that `streamlift deploy` makes, and curl
-and ffmpeg as its clients. Exit status 0 only if every byte matched and every large segment was offloaded."""
+and ffmpeg as its clients. Exit status 0 only if every byte matched and every large segment was offloaded. `live` is in
+`live.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.demo import clients, content
+from tests.demo import clients, content, live
 from tests.demo.report import Report, Row
 from tests.performance import fetch
 from tests.vm.libvirt_host import LibvirtHost
@@ -115,9 +116,28 @@ def keep(product: Product) -> None:
 def arguments() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(prog="./run demo", description="a streaming VM, served by the hypervisor")
+    parser.add_argument("what", nargs="?", choices=("files", "live"), default="files", help="a DASH stream, or a live one")
     parser.add_argument("--keep", action="store_true", help="leave it running until Ctrl-C")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what the table shows")
     return parser.parse_args()
+
+
+def show_live(options: argparse.Namespace) -> int:
+    """A live stream from one encoder to fifty clients; the exit status."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="streamlift-demo-")))
+        share = folder / "share"
+        share.mkdir()
+        with stage("starting libvirt and the service"):
+            product = stack.enter_context(product_on_host(folder, share))
+        with stage("booting a VM with `streamlift deploy`"):
+            stack.enter_context(virtual_machine(product, "--live-password", live.PASSWORD))
+        with stage(f"ffmpeg encodes for {live.SECONDS} s, {live.CLIENTS} clients watch, {live.STALLED} of them stall"):
+            found = live.watch(product, folder)
+        found.show(Console())
+        if options.json:
+            options.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+    return 0 if found.holds else 1
 
 
 def main() -> int:
@@ -127,6 +147,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with stage("building the guest image") as progress:
         build(progress=progress)
+    if options.what == "live":
+        return show_live(options)
     with stage("making DASH content") as progress:
         root = content.make(cache_directory().parent / "content", progress=progress)
     with contextlib.ExitStack() as stack:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypervisor_svc.mpegts import PACKET, Framer, SyncPoints
-from tests.hypervisor_svc.transport_stream import VIDEO_PID, packet, pat, pmt, stream
+from tests.hypervisor_svc.transport_stream import SOUND_PID, VIDEO_PID, packet, pat, pmt, stream
 
 
 @given(data=st.binary(max_size=3000), cuts=st.lists(st.integers(0, 3000)), largest=st.integers(188, 2000))
@@ -63,17 +63,26 @@ def test_no_table_no_sync_point() -> None:
     assert _sync_points([key, pat(), key, pmt(), pat(), key]) == []
 
 
+def test_where_there_is_video_sound_is_no_place_to_begin() -> None:
+    sound, video = packet(SOUND_PID, random_access=True), packet(VIDEO_PID, random_access=True)
+    assert _sync_points([pat(), pmt(sound=True), sound, video]) == [(3, 0)]
+    assert _sync_points([pat(), pmt(sound=True, video=False), sound, video]) == [(2, 0)]
+
+
 @given(data=st.binary(min_size=188, max_size=188 * 4))
 def test_nonsense_is_no_error(data: bytes) -> None:
     SyncPoints().look(0, data)
-    SyncPoints().look(0, b"\x47\x40\0" + data[3:])
+    points = SyncPoints()
+    points.look(0, b"\x47\x40\0" + data[3:])
+    points.look(0, pat() + b"\x47\x41\0" + data[3:])
 
 
 @pytest.mark.root
 def test_a_real_encoder_s_stream(tmp_path: Path) -> None:
     """Each of its pictures with the indicator is found, and what follows a sync point decodes without an error."""
     path = tmp_path / "clip.ts"
-    source = ["-f", "lavfi", "-i", "testsrc=size=320x180:rate=25:duration=6", "-g", "25", "-c:v", "libx264", "-bf", "0"]
+    source = ["-f", "lavfi", "-i", "testsrc=size=320x180:rate=25:duration=6", "-f", "lavfi", "-i", "sine=duration=6"]
+    source += ["-g", "25", "-c:v", "libx264", "-bf", "0", "-c:a", "aac"]
     subprocess.run(["ffmpeg", "-v", "error", *source, "-f", "mpegts", str(path)], check=True)
     entries = list(Framer(1316).feed(path.read_bytes()))
     found = [sync for _, sync in _sync_points(entries)]

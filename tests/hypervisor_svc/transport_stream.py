@@ -7,7 +7,7 @@ import random
 import struct
 
 PACKET = 188
-PAT_PID, PMT_PID, VIDEO_PID = 0, 0x100, 0x101
+PAT_PID, PMT_PID, VIDEO_PID, SOUND_PID = 0, 0x100, 0x101, 0x102
 
 
 def packet(pid: int, payload: bytes = b"", *, start: bool = False, random_access: bool = False, filler: bytes = b"\xff") -> bytes:
@@ -24,9 +24,12 @@ def pat() -> bytes:
     return packet(PAT_PID, b"\0" + section, start=True)
 
 
-def pmt() -> bytes:
-    """Of that programme."""
-    return packet(PMT_PID, b"\0\x02\xb0\x12\0\x01\xc1\0\0\xe1\x01\xf0\0\x1b\xe1\x01\xf0\0", start=True)
+def pmt(*, video: bool = True, sound: bool = False) -> bytes:
+    """Of that programme: H.264 on VIDEO_PID, AAC on SOUND_PID with a descriptor."""
+    streams = b"\x1b\xe1\x01\xf0\0" if video else b""
+    streams = b"\x0f\xe1\x02\xf0\x02\x0a\0" + streams if sound else streams
+    length = 9 + len(streams) + 4
+    return packet(PMT_PID, b"\0\x02\xb0%c\0\x01\xc1\0\0\xe1\x01\xf0\0" % length + streams + bytes(4), start=True)
 
 
 def stream(groups: int, *, length: int = 20, seed: int = 1) -> list[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from hypervisor_svc import control
 from tests.vm.libvirt_host import LibvirtHost, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
+PATHS = os.environ.get("PYTHONPATH", str(ROOT))
+"""Where Python finds the product, and its C extension."""
 
 
 class Product:
@@ -30,7 +33,7 @@ class Product:
     def start(self) -> None:
         """Start the service and wait until it answers."""
         with self.log.open("ab") as log:
-            self._process = self.host.start(*self._command("serve"), output=log, environment={"PYTHONPATH": str(ROOT)})
+            self._process = self.host.start(*self._command("serve"), output=log, environment={"PYTHONPATH": PATHS})
         wait_for(self._answers, seconds=10, what="the service")
 
     def stop(self) -> None:
@@ -60,7 +63,7 @@ class Product:
 
     def command(self, *arguments: str) -> str:
         """Run the command line `streamlift` on the host; what it prints."""
-        return self.host.run("env", f"PYTHONPATH={ROOT}", *self._command(*arguments))
+        return self.host.run("env", f"PYTHONPATH={PATHS}", *self._command(*arguments))
 
     def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "hypervisor_svc", "--config", str(self.config), *arguments]

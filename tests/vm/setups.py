@@ -32,9 +32,9 @@ def product_on_host(folder: Path, share: Path, *, extra: str = "") -> Iterator[P
 
 
 @contextlib.contextmanager
-def virtual_machine(product: Product) -> Iterator[str]:
+def virtual_machine(product: Product, *options: str) -> Iterator[str]:
     """Deployed by the command line, as an operator does, and ready; the accelerator that was chosen."""
-    made = product.command("deploy", MACHINE, "--share", str(product.share))
+    made = product.command("deploy", MACHINE, "--share", str(product.share), *options)
     try:
         product.wait_ready(ADDRESS)
         yield "kvm" if "(kvm)" in made else "tcg"

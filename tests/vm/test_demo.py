@@ -48,6 +48,17 @@ def test_a_stranger_sees_it_work(tmp_path: Path) -> None:
     assert links() == before
 
 
+@pytest.mark.vm
+def test_a_live_stream(tmp_path: Path) -> None:
+    """`./run demo live`: fifty clients, of which five do not read for twenty seconds."""
+    found = tmp_path / "demo.json"
+    argv = [sys.executable, "-m", "tests.demo", "live", "--json", str(found)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    report = json.loads(found.read_text())
+    assert report["holds"] and report["relay"]["engine"] and len(report["frames"]) == 50
+
+
 def assert_complete(report: dict[str, Any]) -> None:
     """Every ladder was fetched, matched and offloaded, and measured in each set-up."""
     assert report["holds"]
