@@ -50,7 +50,7 @@ class Plan:
     flood_sinks: int = 200
 
 
-FULL = Plan((200, 1000, 2000), seconds=5, repeats=5)
+FULL = Plan((200, 1000, 2000), seconds=4, repeats=3)
 QUICK = Plan((100,), seconds=1.5, repeats=1, flood_sinks=20)
 
 
@@ -169,7 +169,7 @@ def one(programs: dict[str, Path], side: str, *, udp: bool, count: int, seconds:
             assert relay.stdout is not None
             row |= json.loads(relay.stdout.readline())
         before, begun = processor_time(relay.pid), time.monotonic()
-        pieces = _feed(encoder, seconds)
+        pieces = feed(encoder, seconds)
         time.sleep(0.35)  # the largest budget, and more
         row["processor_seconds"] = processor_time(relay.pid) - before
         row["seconds"] = time.monotonic() - begun
@@ -181,7 +181,8 @@ def one(programs: dict[str, Path], side: str, *, udp: bool, count: int, seconds:
         return row
 
 
-def _feed(encoder: socket.socket, seconds: float) -> int:
+def feed(encoder: socket.socket, seconds: float) -> int:
+    """Send pieces at the rate for so long; how many."""
     interval, begun, sent = PIECE * 8 / RATE, time.monotonic(), 0
     while (due := begun + sent * interval) < begun + seconds:
         time.sleep(max(due - time.monotonic(), 0))
