@@ -129,6 +129,8 @@ class LocalRelay:
     async def close(self) -> None:
         """Everybody leaves."""
         self._reader.cancel()
+        if not self.over.done():  # a task that has not begun has no end either
+            self.over.set_result("closed")
         for sink in list(self._sinks):
             sink.removed = True
         await self._wake()

@@ -257,6 +257,7 @@ async def _plan(source: Any, unsuitable: Unsuitable, link: Any, options: dict[st
         shared = absent or (None if path.startswith(link.prefixes()) else "not_on_share")
         return _Plan(shared, {"source": "file"}, (source.fileno(),))
     if absent is not None:
+        _must_not_block(source)
         return _Plan(absent, {})
     sock, resume = await _prepared(source)
     return _Plan(unsuitable(sock), {"source": "connection"}, (sock.fileno(),), sock, resume)
@@ -264,15 +265,19 @@ async def _plan(source: Any, unsuitable: Unsuitable, link: Any, options: dict[st
 
 async def _prepared(target: Target) -> tuple[Any, Callable[[], None] | None]:
     """A target's socket, with nothing left in its transport; and what lets the transport read again."""
+    _must_not_block(target)
     if isinstance(target, socket.socket):
-        if target.gettimeout() != 0 and target.type == socket.SOCK_STREAM:
-            raise ValueError("the socket must be non-blocking")
         return target, None
     transport: Any = target.transport if isinstance(target, asyncio.StreamWriter) else target
     if transport.is_closing():
         raise ConnectionResetError(errno.ECONNRESET, "the transport is closing")
     await local.drain(transport)
     return transport.get_extra_info("socket"), local_relay.pause_reading(transport)
+
+
+def _must_not_block(target: Any) -> None:
+    if isinstance(target, socket.socket) and target.gettimeout() != 0 and target.type == socket.SOCK_STREAM:
+        raise ValueError("the socket must be non-blocking")
 
 
 def _ended(reply: asyncio.Future[Reply]) -> asyncio.Future[Ending]:
