@@ -14,7 +14,7 @@ from collections.abc import Hashable
 from typing import Protocol
 
 PRIORITIES = ("low", "normal", "high")
-TURNS_PER_ROUND = 32
+TURNS_PER_ROUND = 8
 """Turns between two looks at everything else that the service has to do."""
 
 

@@ -21,7 +21,7 @@ import select
 import socket
 from array import array
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import cast
+from typing import Protocol, cast
 
 from guest_agent.handoff import kernel
 from hypervisor_svc import fanout
@@ -49,18 +49,17 @@ TURN_BYTES = 1 << 17
 """What a sink gets in one turn at most; so many bytes do not wait for the latency budget either."""
 RECEIVE_BYTES = 1 << 16
 RECEIVES = 16
-"""Receives from a source between two looks at everything else."""
+"""Receives from a source between two turns of its sinks."""
 SOURCE_BUFFER = 4 << 20
 """Bytes of datagrams that may wait in the source's socket."""
 POLL_INTERVAL = 0.01
 """Seconds between two looks at a file that grows; nobody tells a file system's other side when it has."""
 SWEEP_INTERVAL = 0.25
-_EVENTS = select.EPOLLOUT | select.EPOLLET
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _WAIT = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})
 _NO_BURST = frozenset({errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.EOPNOTSUPP})
 """What a send with UDP_SEGMENT says on a path that cannot: too small an MTU, no checksum offload."""
-_SO_BUF_LOCK = 72
+_SO_BUF_LOCK, _SO_MEMINFO = 72, 55
 _UNREACHABLE = frozenset({errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EMSGSIZE, errno.EPERM})
 
 
@@ -74,7 +73,7 @@ class UserEngine:
         self.schedule = schedule
         self.loop = asyncio.get_running_loop()
         self._epoll = select.epoll()
-        self._sinks: dict[int, _Sink] = {}
+        self._watched: dict[int, _Watched] = {}
         self.loop.add_reader(self._epoll, self._events)
 
     def close(self) -> None:
@@ -88,24 +87,30 @@ class UserEngine:
         """See `splice.Engine`."""
         return UserSession(self, source, options, owner=owner, level=level, on_end=on_end)
 
-    def watch(self, sink: _Sink) -> None:
-        """Tell the sink when its socket has room, or is dead. A UDP socket has room after each datagram, and says so every time:
-        only one that had none is watched."""
-        if sink.fd not in self._sinks:
-            self._sinks[sink.fd] = sink
-            self._epoll.register(sink.fd, _EVENTS)
+    def watch(self, fd: int, watched: _Watched, events: int) -> None:
+        """Tell a source that something has come, a sink that its socket has room, or is dead. A UDP socket has room after each
+        datagram, and says so every time: only one that had none is watched."""
+        if fd not in self._watched:
+            self._watched[fd] = watched
+            self._epoll.register(fd, events | select.EPOLLET)
 
-    def unwatch(self, sink: _Sink) -> None:
+    def unwatch(self, fd: int) -> None:
         """The opposite."""
-        if self._sinks.pop(sink.fd, None) is not None:
+        if self._watched.pop(fd, None) is not None:
             with contextlib.suppress(OSError):
-                self._epoll.unregister(sink.fd)
+                self._epoll.unregister(fd)
 
     def _events(self) -> None:
         for fd, events in self._epoll.poll(0, 512):
-            sink = self._sinks.get(fd)
-            if sink is not None:
-                sink.event(events)
+            watched = self._watched.get(fd)
+            if watched is not None:
+                watched.event(events)
+
+
+class _Watched(Protocol):
+    """Has a socket in the engine's epoll."""
+
+    def event(self, events: int) -> None: ...
 
 
 class UserSession:
@@ -204,7 +209,7 @@ class UserSession:
         sink = _Sink(next(self._numbers), sock, options, on_left, self)
         self._sinks[sink.number] = sink
         if kind is _Streams:
-            self.engine.watch(sink)
+            self.engine.watch(sink.fd, sink, select.EPOLLOUT)
         self.group(sink, kind).admit(sink)
         if self._sweep is None:
             self._sweep = self.engine.loop.call_later(SWEEP_INTERVAL, self._sweep_stragglers)
@@ -241,7 +246,7 @@ class UserSession:
 
     def _forget(self, sink: _Sink) -> None:
         del self._sinks[sink.number]
-        self.engine.unwatch(sink)
+        self.engine.unwatch(sink.fd)
         self.engine.schedule.remove(sink)
         sink.group.dismiss(sink)
         self.stragglers.discard(sink)
@@ -419,11 +424,12 @@ class _Group:
         return True
 
     def _falls_behind(self) -> Skip | None:
-        """The herd does so as a whole, when higher classes leave no time for it."""
+        """The herd does so as a whole, when higher classes leave no time for it. That is no sink's fault, and none's own limit."""
         ring = self.session.ring
+        if self.position >= ring.tail:
+            return None
         if self.options.on_lag is OnLag.DISCONNECT:
-            behind = self.position < ring.tail or self.session.due - self.position > self.soft
-            return Skip(None, overrun=False) if behind else None
+            return Skip(None, overrun=False)
         return catch_up(ring, self.position, self.session.due, on_lag=self.options.on_lag, lag_soft=self.soft)
 
     def _skip(self, skip: Skip) -> bool:
@@ -721,7 +727,7 @@ class _Sink:
         """One send's worth."""
         if self not in self.session.stragglers or self.cursor is None:
             return
-        if not self.offset and not self._may_go_on():
+        if (not self.offset or self.options.on_lag is OnLag.DISCONNECT) and not self._may_go_on():
             return
         if not self.offset and self.cursor >= self.group.limit:
             self._caught_up()
@@ -756,7 +762,7 @@ class _Sink:
             if result > 0:
                 self.session.engine.schedule.add(self)  # ask until it says EAGAIN: only then is there an event
         elif -result in _WAIT:
-            self.session.engine.watch(self)
+            self.session.engine.watch(self.fd, self, select.EPOLLOUT)
         else:
             self.session.stragglers.discard(self)
             self.group.resolve(self, run, result)
@@ -768,12 +774,12 @@ class _Sink:
         elif group.meets(cast(int, self.cursor)):
             self.session.stragglers.discard(self)
             if not isinstance(group, _Streams):
-                self.session.engine.unwatch(self)
+                self.session.engine.unwatch(self.fd)
             group.arrive(self)
             group.go_on()
 
     def _may_go_on(self) -> bool:
-        """At an entry's boundary: has it fallen too far behind?"""
+        """Has it fallen too far behind? Asked at an entry's end, for there it may skip; anywhere, if it is to be disconnected."""
         assert self.cursor is not None
         ring = self.session.ring
         if self.options.on_lag is OnLag.DISCONNECT:
@@ -892,64 +898,107 @@ class _SourceReader:
         """The session needs nothing of it any more."""
 
 
-class _StreamSource(_SourceReader):
+class _SocketSource(_SourceReader):
+    """A `schedule.Task`, after those of its sinks and before everything of a lower class. What has come waits in the socket until
+    the sinks had their turns: so a class that has enough to do leaves nothing to lower ones, and loses nothing before they do."""
+
     def __init__(self, session: UserSession, sock: socket.socket) -> None:
         super().__init__(session)
-        self._sock = sock
+        self._sock, self._engine = sock, session.engine
+        self._open = True
+        self._receives = min(RECEIVES, session.options.ring_entries // 2)
+        sock.setblocking(False)
+        self._engine.watch(sock.fileno(), self, select.EPOLLIN)
+
+    @property
+    def owner(self) -> Hashable:
+        """See `schedule.Task`."""
+        return self._session.owner
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """See `schedule.Task`."""
+        return self._session.level, -1
+
+    def event(self, events: int) -> None:
+        """Something has come, or the end."""
+        self._engine.schedule.add(self)
+
+    def turn(self) -> None:
+        """See `schedule.Task`."""
+        if self._open and not self._exhausted():
+            self._engine.schedule.add(self)
+
+    def _exhausted(self) -> bool:
+        """Take some of what has come; whether there was no more. True too when that was the end."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._engine.schedule.remove(self)
+            self._engine.unwatch(self._sock.fileno())
+
+
+class _StreamSource(_SocketSource):
+    def __init__(self, session: UserSession, sock: socket.socket) -> None:
         options = session.options
         self._framer = Framer(options.entry_bytes) if options.framing is Framing.MPEGTS else None
-        self._size = RECEIVE_BYTES if self._framer else options.entry_bytes
-        sock.setblocking(False)
-        self._loop.add_reader(sock, self._readable)
+        room = options.entry_bytes * options.ring_entries // 2
+        self._size = min(RECEIVE_BYTES, room) if self._framer else options.entry_bytes
+        super().__init__(session, sock)
 
-    def _readable(self) -> None:
-        for _ in range(RECEIVES):
+    def _exhausted(self) -> bool:
+        for _ in range(self._receives):
             try:
                 data = self._sock.recv(self._size)
             except BlockingIOError:
-                return
+                return True
             except OSError as error:
                 self._session.end(f"the source's connection: {error.strerror}")
-                return
+                return True
             if not data:
                 rest = self._framer.flush() if self._framer else b""
                 self._session.take([rest] if rest else [])
                 self._session.end("the source closed its connection")
-                return
+                return True
             self._session.take(self._framer.feed(data) if self._framer else [data])
-
-    def close(self) -> None:
-        if self._sock.fileno() >= 0:
-            self._loop.remove_reader(self._sock)
+        return False
 
 
-class _DatagramSource(_SourceReader):
+class _DatagramSource(_SocketSource):
     def __init__(self, session: UserSession, sock: socket.socket) -> None:
-        super().__init__(session)
-        self._sock = sock
-        sock.setblocking(False)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, kernel.SO_RCVBUFFORCE, SOURCE_BUFFER)
-        self._loop.add_reader(sock, self._readable)
+        self._before = _drops(sock)
+        super().__init__(session, sock)
 
-    def _readable(self) -> None:
+    def _exhausted(self) -> bool:
         came: list[Payload] = []
-        for _ in range(RECEIVES):
+        exhausted = False
+        for _ in range(self._receives):
             try:
                 came.append(self._sock.recv(RECEIVE_BYTES))
             except BlockingIOError:
+                exhausted = True
                 break
             except ConnectionRefusedError:
                 continue  # ICMP for something that somebody sent from here
             except OSError as error:
                 self._session.end(f"the source's socket: {error.strerror}")
-                return
+                return True
         if came:
             self._session.take(came)
+        return exhausted
 
-    def close(self) -> None:
-        if self._sock.fileno() >= 0:
-            self._loop.remove_reader(self._sock)
+    def dropped(self) -> dict[str, int]:
+        lost = _drops(self._sock) - self._before if self._sock.fileno() >= 0 else 0
+        return {"not_read_in_time": lost} if lost else {}
+
+
+def _drops(sock: socket.socket) -> int:
+    """Datagrams that a socket had no room for (SO_MEMINFO, SK_MEMINFO_DROPS)."""
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 36)[32:36], "little")
 
 
 class _FileReader(_SourceReader):

@@ -155,7 +155,7 @@ async def bench(source: str | FileSource = "tcp", **options: Any) -> AsyncIterat
         yield made
     finally:
         session.close()
-        assert not engine._sinks and not session.stragglers and not session.waiting
+        assert not engine._watched and not session.stragglers and not session.waiting
         engine.close()
         schedule.close()
         for listener in made.listeners:
