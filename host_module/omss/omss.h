@@ -89,7 +89,7 @@ struct omss_entry *omss_ring_carve(struct omss_ring *ring, u32 bytes);
 void omss_ring_add(struct omss_ring *ring, struct omss_entry *entry);
 void omss_ring_mark(struct omss_ring *ring, u64 seq);
 bool omss_ring_find_sync(struct omss_ring *ring, u64 from, u64 *seq);
-bool omss_ring_last_sync(struct omss_ring *ring, u64 from, u64 *seq);
+bool omss_ring_last_sync(struct omss_ring *ring, u64 *seq);
 void omss_batch_fill(struct omss_batch *batch, struct omss_ring *ring, u64 from);
 void omss_batch_drop(struct omss_batch *batch);
 unsigned int omss_append_frags(struct bio_vec *to, unsigned int count, unsigned int most,
@@ -191,7 +191,7 @@ struct omss_sink {
 	struct omss_entry *begun;	/* the one before it, if only some of it is sent */
 	u32 offset;			/* how much */
 	u64 wait_from;			/* OMSS_SINK_WAITING: sync points before it do not count */
-	bool lagged;			/* ... and the entries till then are lost */
+	unsigned int reason;		/* ... why it lost those till then; OMSS_DROPS: it joins */
 	bool blocked;
 	bool no_bursts;			/* the route cannot do UDP_SEGMENT */
 	unsigned long taken;		/* jiffies: when it last took something or had all */

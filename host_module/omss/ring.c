@@ -171,14 +171,14 @@ bool omss_ring_find_sync(struct omss_ring *ring, u64 from, u64 *seq)
 	return found;
 }
 
-/* The newest one, if it is `from` or later. */
-bool omss_ring_last_sync(struct omss_ring *ring, u64 from, u64 *seq)
+/* The newest one, if it is still here. */
+bool omss_ring_last_sync(struct omss_ring *ring, u64 *seq)
 {
 	bool found;
 
 	spin_lock(&ring->lock);
 	*seq = ring->last_sync - 1;
-	found = ring->last_sync > max(from, ring->tail);
+	found = ring->last_sync > ring->tail;
 	spin_unlock(&ring->lock);
 	return found;
 }

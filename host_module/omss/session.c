@@ -231,7 +231,8 @@ static struct omss_group *group_for(struct omss_session *session, unsigned int s
 
 static int check_sink(const struct omss_add_sink *call)
 {
-	return call->service_class >= OMSS_CLASSES || call->join > OMSS_NEXT_SYNC ||
+	return call->service_class >= OMSS_CLASSES || call->join > OMSS_FROM ||
+	       (call->from && call->join != OMSS_FROM) ||
 	       call->on_lag > OMSS_DISCONNECT ? -EINVAL : 0;
 }
 
@@ -247,8 +248,13 @@ static bool full(const struct omss_session *session)
 static void join(struct omss_sink *sink, struct omss_ring *ring)
 {
 	spin_lock(&ring->lock);
-	sink->cursor = sink->setup.join == OMSS_OLDEST ? ring->tail : ring->head;
+	sink->cursor = ring->head;
+	if (sink->setup.join == OMSS_OLDEST)
+		sink->cursor = ring->tail;
+	else if (sink->setup.join == OMSS_FROM)
+		sink->cursor = min(sink->setup.from, ring->head);
 	spin_unlock(&ring->lock);
+	sink->reason = OMSS_DROPS;
 	sink->state = OMSS_SINK_STREAMING;
 	if (sink->setup.join == OMSS_NEXT_SYNC && sink->member.session->ts) {
 		sink->state = OMSS_SINK_WAITING;
@@ -376,8 +382,8 @@ static void drop_sink(struct omss_session *session, struct omss_sink *sink, bool
 	kfree_rcu(sink, rcu);
 }
 
-/* What is left of an entry goes out; -EAGAIN: it does not. */
-static int finish_entry(struct omss_sink *sink)
+/* It takes no new entry, and what is left of one goes out; -EAGAIN: it does not. */
+static int halt(struct omss_sink *sink)
 {
 	struct omss_batch *batch = kzalloc(sizeof(*batch), GFP_KERNEL);
 	struct file *file;
@@ -386,13 +392,22 @@ static int finish_entry(struct omss_sink *sink)
 	if (!batch)
 		return -ENOMEM;
 	mutex_lock(&sink->group->lock);
-	file = sink->begun ? omss_file(sink->member.sk) : NULL;
+	file = omss_file(sink->member.sk);
 	if (file) {
 		err = omss_sink_finish(sink, sink->member.sk->sk_socket, batch);
 		fput(file);
 	}
 	mutex_unlock(&sink->group->lock);
 	kfree(batch);
+	return err;
+}
+
+static int remove(struct omss_session *session, struct omss_sink *sink, u32 flags)
+{
+	int err = halt(sink);
+
+	if (!err && !(flags & OMSS_HALT))
+		drop_sink(session, sink, false);
 	return err;
 }
 
@@ -409,23 +424,20 @@ static struct omss_sink *sink_at(struct omss_session *session, struct sock *sk)
 	return container_of(member, struct omss_sink, member);
 }
 
-static int remove_by_id(struct omss_session *session, u64 id)
+static int remove_by_id(struct omss_session *session, u64 id, u32 flags)
 {
 	struct omss_sink *sink;
 	int err = -ENOENT;
 
 	mutex_lock(&session->lock);
 	sink = id <= U32_MAX ? xa_load(&session->sinks, id) : NULL;
-	if (sink && !session->dead) {
-		err = finish_entry(sink);
-		if (!err)
-			drop_sink(session, sink, false);
-	}
+	if (sink && !session->dead)
+		err = remove(session, sink, flags);
 	mutex_unlock(&session->lock);
 	return err;
 }
 
-static int remove_socket(struct sock *sk)
+static int remove_socket(struct sock *sk, u32 flags)
 {
 	struct omss_session *session = omss_session_find(sk, 0);
 	struct omss_sink *sink;
@@ -435,11 +447,8 @@ static int remove_socket(struct sock *sk)
 		return PTR_ERR(session);
 	mutex_lock(&session->lock);
 	sink = session->dead ? NULL : sink_at(session, sk);
-	if (sink) {
-		err = finish_entry(sink);
-		if (!err)
-			drop_sink(session, sink, false);
-	}
+	if (sink)
+		err = remove(session, sink, flags);
 	mutex_unlock(&session->lock);
 	omss_session_put(session);
 	return err;
@@ -451,22 +460,22 @@ int omss_remove_sink(struct sock *sk, const struct omss_remove_sink *call)
 	struct socket *sock;
 	int err;
 
-	if (call->reserved)
+	if (call->flags & ~OMSS_HALT)
 		return -EINVAL;
 	if (call->sink) {
 		session = omss_session_find(sk, call->session);
 		if (IS_ERR(session))
 			return PTR_ERR(session);
-		err = remove_by_id(session, call->sink);
+		err = remove_by_id(session, call->sink, call->flags);
 		omss_session_put(session);
 		return err;
 	}
 	if (call->fd == -1)
-		return remove_socket(sk);
+		return remove_socket(sk, call->flags);
 	sock = sockfd_lookup(call->fd, &err);
 	if (!sock)
 		return err;
-	err = sock->sk && sk_is_inet(sock->sk) ? remove_socket(sock->sk) : -ENOENT;
+	err = sock->sk && sk_is_inet(sock->sk) ? remove_socket(sock->sk, call->flags) : -ENOENT;
 	sockfd_put(sock);
 	return err;
 }
@@ -484,7 +493,7 @@ static void end_session(struct omss_session *session, bool closing)
 	list_for_each_entry(group, &session->groups, node)
 		omss_task_cancel(&group->task);
 	xa_for_each(&session->sinks, id, sink) {
-		finish_entry(sink);
+		halt(sink);
 		drop_sink(session, sink, false);
 	}
 	hrtimer_cancel(&session->due);

@@ -42,25 +42,35 @@ static void disconnect(struct omss_sink *sink)
 	give_up(sink, OMSS_SINK_DISCONNECTED, 0);
 }
 
-/* More than `lag_soft` behind. */
-static void catch_up(struct omss_sink *sink, struct omss_ring *ring, u64 head)
+/* The newest sync point, if it is of use; else the next to come, if it is of need. */
+static void go_to_sync(struct omss_sink *sink, struct omss_ring *ring, u64 head, unsigned int reason)
 {
 	u64 seq;
 
+	if (!sink->member.session->ts) {
+		drop(sink, reason, head - 1);
+	} else if (!omss_ring_last_sync(ring, &seq) ||
+		   (seq <= sink->cursor && reason == OMSS_DROP_OVERRUN)) {
+		sink->state = OMSS_SINK_WAITING;
+		sink->wait_from = head;
+		sink->reason = reason;
+	} else if (seq > sink->cursor) {
+		drop(sink, reason, seq);
+	}
+}
+
+/* More than `lag_soft` behind. */
+static void catch_up(struct omss_sink *sink, struct omss_ring *ring, u64 head)
+{
+	unsigned int reason;
+
+	reason = sink->cursor < READ_ONCE(ring->tail) ? OMSS_DROP_OVERRUN : OMSS_DROP_LAG;
 	switch (sink->setup.on_lag) {
 	case OMSS_HEAD_DROP:
-		drop(sink, OMSS_DROP_LAG, head - sink->setup.lag_soft);
+		drop(sink, reason, head - sink->setup.lag_soft);
 		break;
 	case OMSS_DROP_TO_SYNC:
-		if (!sink->member.session->ts) {
-			drop(sink, OMSS_DROP_SYNC, head - 1);
-		} else if (omss_ring_last_sync(ring, sink->cursor + 1, &seq)) {
-			drop(sink, OMSS_DROP_SYNC, seq);
-		} else {
-			sink->state = OMSS_SINK_WAITING;
-			sink->wait_from = head;
-			sink->lagged = true;
-		}
+		go_to_sync(sink, ring, head, reason);
 		break;
 	case OMSS_DISCONNECT:
 		disconnect(sink);
@@ -74,10 +84,9 @@ static void look_for_sync(struct omss_sink *sink, struct omss_ring *ring)
 
 	if (!omss_ring_find_sync(ring, sink->wait_from, &seq))
 		return;
-	if (sink->lagged)
-		drop(sink, OMSS_DROP_SYNC, seq);
+	if (sink->reason != OMSS_DROPS)
+		drop(sink, sink->reason, seq);
 	sink->cursor = seq;
-	sink->lagged = false;
 	sink->state = OMSS_SINK_STREAMING;
 }
 
@@ -284,12 +293,11 @@ int omss_sink_finish(struct omss_sink *sink, struct socket *sock, struct omss_ba
 	room = sk->sk_sndbuf;
 	WRITE_ONCE(sk->sk_sndbuf, INT_MAX / 2);
 	release_sock(sk);
-	err = broken(sk) ? 0 : omss_send_rest(sink, sock, batch);
+	err = sink->begun && !broken(sk) ? omss_send_rest(sink, sock, batch) : 0;
 	lock_sock(sk);
 	WRITE_ONCE(sk->sk_sndbuf, room);
 	release_sock(sk);
-	if (err != -EAGAIN)
-		return 0;
-	sink->state = OMSS_SINK_LEAVING;
-	return err;
+	if (sink->state < OMSS_SINK_FAILED)
+		sink->state = OMSS_SINK_LEAVING;
+	return err == -EAGAIN ? err : 0;
 }

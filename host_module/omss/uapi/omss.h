@@ -139,10 +139,14 @@ struct omss_source {
 #define OMSS_LATEST		0	/* the next to come */
 #define OMSS_OLDEST		1	/* the oldest in the ring */
 #define OMSS_NEXT_SYNC		2	/* the first sync point that arrives from now on */
+#define OMSS_FROM		3	/* the one that `from` says; what is gone of that is lost */
 
 /* omss_add_sink.on_lag: what happens to a sink more than `lag_soft` entries behind */
 #define OMSS_HEAD_DROP		0	/* it loses the oldest, and stays `lag_soft` behind */
-#define OMSS_DROP_TO_SYNC	1	/* goes on at the newest sync point, or the next */
+#define OMSS_DROP_TO_SYNC	1	/* it goes on at the newest sync point. If that is not ahead
+					 * of it, it loses nothing as long as the ring has what
+					 * it needs; if there is none, it waits for the next
+					 */
 #define OMSS_DISCONNECT		2	/* its connection is shut down both ways */
 
 /*
@@ -162,19 +166,23 @@ struct omss_add_sink {
 	__u32 lag_hard;			/* ms: a sink that is behind and has taken no byte for
 					 * so long is disconnected; 0: never
 					 */
+	__aligned_u64 from;		/* entry, with OMSS_FROM */
 };
 
 /*
  * OMSS_REMOVE_SINK: the sink leaves between two entries: what is left of one that
  * it has begun goes into its send queue, whatever that holds already. EAGAIN: not
  * even so; the sink takes no new entry (OMSS_SINK_LEAVING), its status tells how
- * many bytes are left: call again.
+ * many bytes are left: call again. With OMSS_HALT it stays in the session, as
+ * OMSS_SINK_LEAVING and with nothing begun, so that its last status can be read.
  */
+#define OMSS_HALT		(1 << 0)
+
 struct omss_remove_sink {
 	__aligned_u64 session;			/* with `sink` */
 	__aligned_u64 sink;			/* its number; 0: the one behind `fd` */
 	__s32 fd;			/* -1: the socket on which the call is made */
-	__u32 reserved;			/* 0 */
+	__u32 flags;			/* OMSS_HALT */
 };
 
 /* OMSS_END: sinks leave as with OMSS_REMOVE_SINK, but at once. */
@@ -210,8 +218,8 @@ struct omss_adopt {
 #define OMSS_SINK_DISCONNECTED	5	/* by `on_lag` or `lag_hard` */
 
 /* Why entries were dropped: index of `drops`. */
-#define OMSS_DROP_LAG		0	/* sinks: fell behind the ring or `lag_soft` */
-#define OMSS_DROP_SYNC		1	/* sinks: skipped on the way to a sync point */
+#define OMSS_DROP_OVERRUN	0	/* sinks: the ring had them no more */
+#define OMSS_DROP_LAG		1	/* sinks: by `lag_soft` and `on_lag` */
 #define OMSS_DROP_ERROR		2	/* UDP sinks: the kernel could not send it */
 #define OMSS_DROP_MEMORY	3	/* source: no memory, or max_memory reached */
 #define OMSS_DROP_FRAMING	4	/* source: bytes that were no packet; counted once a gap */
