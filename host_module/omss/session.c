@@ -383,7 +383,7 @@ static void drop_sink(struct omss_session *session, struct omss_sink *sink, bool
 }
 
 /* It takes no new entry, and what is left of one goes out; -EAGAIN: it does not. */
-static int halt(struct omss_sink *sink)
+static int halt_sink(struct omss_sink *sink)
 {
 	struct omss_batch *batch = kzalloc(sizeof(*batch), GFP_KERNEL);
 	struct file *file;
@@ -404,7 +404,7 @@ static int halt(struct omss_sink *sink)
 
 static int remove(struct omss_session *session, struct omss_sink *sink, u32 flags)
 {
-	int err = halt(sink);
+	int err = halt_sink(sink);
 
 	if (!err && !(flags & OMSS_HALT))
 		drop_sink(session, sink, false);
@@ -493,7 +493,7 @@ static void end_session(struct omss_session *session, bool closing)
 	list_for_each_entry(group, &session->groups, node)
 		omss_task_cancel(&group->task);
 	xa_for_each(&session->sinks, id, sink) {
-		halt(sink);
+		halt_sink(sink);
 		drop_sink(session, sink, false);
 	}
 	hrtimer_cancel(&session->due);

@@ -190,6 +190,7 @@ static bool serve(struct omss_sink *sink, struct omss_batch *batch)
 	}
 	if (!place(sink, ring)) {
 		sink->taken = jiffies;
+		sink->blocked = false;
 		return false;
 	}
 	if (sink->blocked && !omss_writeable(sk)) {
@@ -280,11 +281,8 @@ bool omss_group_run(struct omss_task *task, struct omss_batch *batch)
 	return more;
 }
 
-/*
- * The rest of a begun entry goes into the send queue, whatever that holds: 0 if it is
- * there, or never will be. Under group->lock.
- */
-int omss_sink_finish(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+/* Whatever the send queue holds already. */
+static int push_rest(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
 {
 	struct sock *sk = sink->member.sk;
 	int room, err;
@@ -293,10 +291,23 @@ int omss_sink_finish(struct omss_sink *sink, struct socket *sock, struct omss_ba
 	room = sk->sk_sndbuf;
 	WRITE_ONCE(sk->sk_sndbuf, INT_MAX / 2);
 	release_sock(sk);
-	err = sink->begun && !broken(sk) ? omss_send_rest(sink, sock, batch) : 0;
+	err = omss_send_rest(sink, sock, batch);
 	lock_sock(sk);
 	WRITE_ONCE(sk->sk_sndbuf, room);
 	release_sock(sk);
+	return err;
+}
+
+/*
+ * No new entry for this one, and the rest of one that is begun goes into the send
+ * queue: -EAGAIN if it does not, 0 if it is there, or never will be. Under group->lock.
+ */
+int omss_sink_finish(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+{
+	int err = 0;
+
+	if (sink->begun && !broken(sink->member.sk))
+		err = push_rest(sink, sock, batch);
 	if (sink->state < OMSS_SINK_FAILED)
 		sink->state = OMSS_SINK_LEAVING;
 	return err == -EAGAIN ? err : 0;
