@@ -318,20 +318,38 @@ static void restore_ops(struct socket *sock)
 }
 
 /*
- * The socket is its owner's again. `closing`: this is its release(). If another is
- * just closing it, release() is yet to come or has begun: the proto_ops stay, and
- * the kernel drops their reference to us.
+ * Someone else is closing the socket, and our release() is yet to come, or waits for the
+ * session's lock. If it is an orphan already our release() was taken away, or it would
+ * have come first.
+ */
+static bool will_be_released(struct sock *sk)
+{
+	const struct proto_ops *ops;
+	struct socket *sock;
+
+	rcu_read_lock();
+	sock = READ_ONCE(sk->sk_socket);
+	ops = sock ? READ_ONCE(sock->ops) : NULL;
+	rcu_read_unlock();
+	return ops && is_ours(ops);
+}
+
+/*
+ * The socket is its owner's again. `closing`: this is its release(), after which the
+ * kernel drops the reference that its proto_ops have to us.
  */
 void omss_member_detach(struct omss_member *member, bool closing)
 {
 	struct sock *sk = member->sk;
 	struct file *file = closing ? NULL : omss_file(sk);
-	bool put_ulp = false;
+	bool put_ops = !closing, put_ulp = false;
 
 	lock_sock(sk);
 	restore_callbacks(member);
 	if (file)
 		restore_ops(sk->sk_socket);
+	else if (!closing)
+		put_ops = !will_be_released(sk);
 	if (member->stream && inet_csk(sk)->icsk_ulp_ops == &ulp) {
 		inet_csk(sk)->icsk_ulp_ops = NULL;
 		put_ulp = true;
@@ -339,10 +357,10 @@ void omss_member_detach(struct omss_member *member, bool closing)
 	release_sock(sk);
 	if (put_ulp)
 		module_put(THIS_MODULE);
-	if (file) {
+	if (put_ops)
 		module_put(THIS_MODULE);
+	if (file)
 		fput(file);
-	}
 	if (member->held)
 		fput(member->held);
 	sock_put(sk);

@@ -72,7 +72,12 @@ void omss_ts_packet(struct omss_ts *ts, struct omss_ring *ring, const u8 *packet
 	}
 }
 
-/* How many bytes to leave out till a packet begins; a sync byte with no sync byte after it does not count. */
+bool omss_ts_synced(const u8 *packet)
+{
+	return packet[0] == SYNC_BYTE;
+}
+
+/* How many bytes to leave out after a gap: a sync byte counts if the packet after it has one too. */
 u32 omss_ts_resync(const u8 *bytes, u32 count)
 {
 	u32 at;

@@ -128,6 +128,7 @@ struct omss_ts {
 };
 
 bool omss_ts_begins(const u8 *packet);
+bool omss_ts_synced(const u8 *packet);
 void omss_ts_packet(struct omss_ts *ts, struct omss_ring *ring, const u8 *packet, u64 seq);
 u32 omss_ts_resync(const u8 *bytes, u32 count);
 void omss_ts_datagram(struct omss_ts *ts, struct omss_ring *ring, const struct omss_entry *entry);

@@ -72,8 +72,7 @@ static u32 measure(struct omss_session *session, const u8 *bytes)
 		omss_ts_packet(ts, &session->ring, bytes + length, session->ring.head);
 		length += OMSS_TS_PACKET;
 	} while (length + OMSS_TS_PACKET <= min(ts->pending, session->setup.entry) &&
-		 !omss_ts_resync(bytes + length, ts->pending - length) &&
-		 !omss_ts_begins(bytes + length));
+		 omss_ts_synced(bytes + length) && !omss_ts_begins(bytes + length));
 	return length;
 }
 
@@ -88,17 +87,18 @@ static void cut(struct omss_session *session)
 
 	while (ts->pending >= OMSS_TS_PACKET) {
 		bytes = page_address(room->page) + room->offset;
-		length = omss_ts_resync(bytes, ts->pending);
-		if (length) {
-			if (!ts->lost)
-				dropped(session, OMSS_DROP_FRAMING);
+		if (!ts->lost && !omss_ts_synced(bytes)) {
 			ts->lost = true;
 			ts->have_pat = false;
+			dropped(session, OMSS_DROP_FRAMING);
+		}
+		if (ts->lost) {
+			length = omss_ts_resync(bytes, ts->pending);
 			room->offset += length;
 			ts->pending -= length;
+			ts->lost = ts->pending < OMSS_TS_PACKET;
 			continue;
 		}
-		ts->lost = false;
 		length = measure(session, bytes);
 		entry = omss_ring_carve(&session->ring, length);
 		if (entry) {
