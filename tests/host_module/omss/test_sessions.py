@@ -67,7 +67,7 @@ def test_hello() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_sink_gets_every_byte(kind: str) -> None:
     with links([kind, *KINDS, *KINDS]) as (source, *sinks):
-        omss.set_source(source.near, ring=1000)
+        omss.set_source(source.near, ring=1000, copy_below=1)
         for sink in sinks:
             omss.add_sink(source.near, sink.near)
         total = 600

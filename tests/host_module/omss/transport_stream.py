@@ -22,9 +22,9 @@ def packet(pid: int, *, start: bool = False, random_access: bool = False, payloa
 
 
 def pat() -> bytes:
-    """With one program."""
+    """With one program; the stuffing makes each another."""
     section = b"\x00" + struct.pack("!HHBBB", 0xB000 | 13, 1, 0xC1, 0, 0) + struct.pack("!HH", 1, 0xE000 | PMT_PID) + b"CRC!"
-    return packet(0, start=True, payload=b"\x00" + section)
+    return packet(0, start=True, payload=b"\x00" + section + os.urandom(PACKET - 5 - len(section)).replace(b"\x47", b"\x48"))
 
 
 def group(packets: int, *, key: bool = True) -> bytes:
