@@ -116,8 +116,8 @@ class Hello:
 
 @dataclass(frozen=True)
 class Drops:
-    """Entries that were dropped, by reason: the ring had them no more, the sink's own limit, what the network refuses; at the
-    source no memory, no packet, too long."""
+    """Entries that were dropped, by reason: the ring had them no more, the sink's own limit, what could not be sent; at the
+    source no memory, no packet, too long. `refused`: sent, and refused by the host over there (ICMP): not part of the total."""
 
     overrun: int
     lag: int
@@ -125,10 +125,11 @@ class Drops:
     memory: int
     framing: int
     size: int
+    refused: int
 
     @property
     def total(self) -> int:
-        """For any reason."""
+        """That nobody got, for any reason."""
         return self.overrun + self.lag + self.error + self.memory + self.framing + self.size
 
 
@@ -325,7 +326,7 @@ def _counters(values: tuple[int, ...]) -> Counters:
 
 
 def _drops(values: tuple[int, ...]) -> Drops:
-    return Drops(*values[:6])
+    return Drops(*values[:7])
 
 
 def _u32(value: int) -> int:

@@ -363,6 +363,7 @@ void omss_member_detach(struct omss_member *member, bool closing)
 		fput(file);
 	if (member->held)
 		fput(member->held);
+	member->held = NULL;
 	sock_put(sk);
 }
 
@@ -401,5 +402,4 @@ void omss_members_stop(void)
 {
 	synchronize_rcu();
 	synchronize_rcu_tasks();
-	rcu_barrier();
 }

@@ -77,7 +77,7 @@ bool omss_ts_synced(const u8 *packet)
 	return packet[0] == SYNC_BYTE;
 }
 
-/* How many bytes to leave out after a gap: a sync byte counts if the packet after it has one too. */
+/* How many bytes to leave out in a gap. A sync byte counts if the next packet has one too. */
 u32 omss_ts_resync(const u8 *bytes, u32 count)
 {
 	u32 at;
@@ -91,7 +91,7 @@ u32 omss_ts_resync(const u8 *bytes, u32 count)
 	return at;
 }
 
-/* A datagram is an entry as it is; it is looked at if it is in one piece, as it nearly always is. */
+/* A datagram is an entry as it is; looked at if in one piece, as it nearly always is. */
 void omss_ts_datagram(struct omss_ts *ts, struct omss_ring *ring, const struct omss_entry *entry)
 {
 	u32 at = entry->bytes % OMSS_TS_PACKET;

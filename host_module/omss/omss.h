@@ -26,7 +26,7 @@
  * callbacks come with any lock held, in any context: they take the last two only.
  */
 
-/* schedule.c: what workers do */
+/* What workers do: the class queues */
 struct omss_batch;
 
 struct omss_task {
@@ -67,7 +67,7 @@ struct omss_ring {
 	struct page_frag room;		/* the source task's alone: where payload goes */
 };
 
-/* Entries of one ring in a row, ready to be sent; the same for all sinks that stand there. */
+/* Entries of one ring in a row, for the same for all sinks that stand there. */
 struct omss_batch {
 	const struct omss_ring *ring;
 	u64 from;

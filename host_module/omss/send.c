@@ -184,6 +184,7 @@ static bool no_burst(int err)
 int omss_send_datagrams(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
 {
 	unsigned int i = 0, many, frags;
+	bool told = false;
 	size_t bytes;
 	int err;
 
@@ -197,6 +198,12 @@ int omss_send_datagrams(struct omss_sink *sink, struct socket *sock, struct omss
 			sink->no_bursts = true;
 			continue;
 		}
+		if (err == -ECONNREFUSED && !told) { /* that was another one */
+			sink->sent.drops[OMSS_DROP_REFUSED]++;
+			told = true;
+			continue;
+		}
+		told = false;
 		if (err < 0)
 			sink->sent.drops[OMSS_DROP_ERROR] += many;
 		else

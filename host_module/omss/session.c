@@ -418,10 +418,10 @@ static struct omss_sink *sink_at(struct omss_session *session, struct sock *sk)
 
 	rcu_read_lock();
 	member = omss_member_of(sk);
+	if (member && (member->session != session || member->role != OMSS_ROLE_SINK))
+		member = NULL;
 	rcu_read_unlock();
-	if (!member || member->session != session || member->role != OMSS_ROLE_SINK)
-		return NULL;
-	return container_of(member, struct omss_sink, member);
+	return member ? container_of(member, struct omss_sink, member) : NULL;
 }
 
 static int remove_by_id(struct omss_session *session, u64 id, u32 flags)

@@ -43,7 +43,8 @@ static void disconnect(struct omss_sink *sink)
 }
 
 /* The newest sync point, if it is of use; else the next to come, if it is of need. */
-static void go_to_sync(struct omss_sink *sink, struct omss_ring *ring, u64 head, unsigned int reason)
+static void go_to_sync(struct omss_sink *sink, struct omss_ring *ring, u64 head,
+		       unsigned int reason)
 {
 	u64 seq;
 
@@ -102,7 +103,7 @@ static bool place(struct omss_sink *sink, struct omss_ring *ring)
 	return sink->begun || (sink->state == OMSS_SINK_STREAMING && sink->cursor < head);
 }
 
-/* Why nothing can be sent any more; its owner is to see the socket's error, so it is not taken away. */
+/* Why nothing can be sent any more. The socket's error stays for its owner to see. */
 static int broken(const struct sock *sk)
 {
 	int err = READ_ONCE(sk->sk_err);
@@ -162,7 +163,7 @@ static int send_all(struct omss_sink *sink, struct socket *sock, struct omss_bat
 		}
 		if (sink->blocked)
 			break;
-		/* The callback looks at this: is there room since we were told that there is none? */
+		/* The callback looks at this: has there been room since? */
 		WRITE_ONCE(sink->blocked, true);
 		smp_mb(); /* with the atomics that make room, before the callback */
 		if (!omss_writeable(sink->member.sk))

@@ -131,7 +131,7 @@ struct omss_source {
 					 * It does not wait once half a ring has come.
 					 */
 	__u32 service_class;		/* of the source: 0 to 7, higher goes first */
-	__u32 copy_below;		/* sends of fewer bytes are copied; 0: the module's default */
+	__u32 copy_below;		/* sends of fewer bytes are copied; 0: as the module has it */
 	__u32 max_sinks;		/* of this session; 0: no limit but the module's */
 };
 
@@ -224,6 +224,7 @@ struct omss_adopt {
 #define OMSS_DROP_MEMORY	3	/* source: no memory, or max_memory reached */
 #define OMSS_DROP_FRAMING	4	/* source: bytes that were no packet; counted once a gap */
 #define OMSS_DROP_SIZE		5	/* source: datagrams of more than `entry` bytes */
+#define OMSS_DROP_REFUSED	6	/* UDP sinks: was sent, and refused over there (ICMP) */
 #define OMSS_DROPS		8
 
 /* What was sent, to one sink or to all of a session. */
@@ -289,7 +290,7 @@ struct omss_request {
 	__u32 flags;			/* OMSS_ALL_NAMESPACES */
 	__aligned_u64 session;
 	__aligned_u64 after;
-	__u32 record;			/* in: bytes that the caller knows of one; out: in the buffer */
+	__u32 record;			/* in: bytes of one that the caller knows; out: got */
 	__u32 count;			/* out: records */
 };
 

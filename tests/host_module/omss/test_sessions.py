@@ -475,6 +475,25 @@ def test_no_memory_is_a_drop_and_not_a_stall() -> None:
             assert numbers(sink.got) == [*range(5), *range(10, 15)]
 
 
+def test_a_refused_datagram_does_not_cost_the_next() -> None:
+    with links(["udp4", "udp4", "udp6"]) as (source, *sinks):
+        omss.set_source(source.near)
+        for sink in sinks:
+            omss.add_sink(source.near, sink.near)
+            name = sink.far.getsockname()
+            sink.far.close()
+            feed(source, 0, 1)
+            wait_for(lambda one=sink: outcome(one).cursor == omss.status(source.near).head, "it is sent")  # type: ignore[misc]
+            sink.far = socket.socket(sink.near.family, socket.SOCK_DGRAM)
+            sink.far.bind(name[:2])
+            sink.far.setblocking(False)
+            feed(source, 1, 1)
+            read_bytes([sink], PIECE)
+            assert numbers(sink.got) == [1]
+            drops = outcome(sink).sent.drops
+            assert (drops.refused, drops.total) == (1, 0)
+
+
 def test_limits_of_sinks() -> None:
     with links(["udp4", "tcp4", "tcp4", "tcp4"]) as (source, *sinks):
         omss.set_source(source.near, max_sinks=2)
