@@ -22,7 +22,7 @@ static void give_up(struct omss_sink *sink, u32 state, int err)
 {
 	sink->state = state;
 	sink->error = -err;
-	sink->blocked = false;
+	WRITE_ONCE(sink->blocked, false);
 	if (sink->begun)
 		omss_entry_put(sink->begun);
 	sink->begun = NULL;
@@ -152,7 +152,7 @@ static int send_all(struct omss_sink *sink, struct socket *sock, struct omss_bat
 	struct omss_ring *ring = &sink->member.session->ring;
 	int err = 0, turns = 0;
 
-	sink->blocked = false;
+	WRITE_ONCE(sink->blocked, false);
 	while (turns < MOST_SENDS && place(sink, ring)) {
 		err = send_next(sink, sock, batch);
 		turns++;
@@ -191,7 +191,7 @@ static bool serve(struct omss_sink *sink, struct omss_batch *batch)
 	}
 	if (!place(sink, ring)) {
 		sink->taken = jiffies;
-		sink->blocked = false;
+		WRITE_ONCE(sink->blocked, false);
 		return false;
 	}
 	if (sink->blocked && !omss_writeable(sk)) {
@@ -258,7 +258,7 @@ static struct omss_sink *next_in_turn(struct omss_group *group)
 	return sink;
 }
 
-/* A quantum: first those who waited for room, then the turn. */
+/* A quantum: by turns one of those who waited for room, and one whose turn it is. */
 bool omss_group_run(struct omss_task *task, struct omss_batch *batch)
 {
 	struct omss_group *group = container_of(task, struct omss_group, task);
@@ -269,7 +269,10 @@ bool omss_group_run(struct omss_task *task, struct omss_batch *batch)
 	mutex_lock(&group->lock);
 	begin_turn(group);
 	for (quantum = 0; quantum < OMSS_QUANTUM; quantum++) {
-		sink = next_woken(group) ?: next_in_turn(group);
+		if (quantum & 1)
+			sink = next_in_turn(group) ?: next_woken(group);
+		else
+			sink = next_woken(group) ?: next_in_turn(group);
 		if (!sink)
 			break;
 		if (serve(sink, batch))

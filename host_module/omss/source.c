@@ -247,16 +247,18 @@ static int read_some(struct omss_session *session, struct socket *sock)
 bool omss_source_run(struct omss_task *task, struct omss_batch *batch)
 {
 	struct omss_session *session = container_of(task, struct omss_session, task);
+	/* No more at a time than sinks can be behind: it is their turn in between. */
+	unsigned int most = min_t(u32, READ_ONCE(session->burst), OMSS_QUANTUM), turns;
 	u64 head = session->ring.head;
 	struct file *file;
-	int err = 0, turns;
+	int err = 0;
 
 	if (session->over)
 		return false;
 	file = omss_file(session->source.sk);
 	if (!file) /* it is being closed, and the session ended */
 		return false;
-	for (turns = 0; turns < OMSS_QUANTUM; turns++) {
+	for (turns = 0; turns < most; turns++) {
 		err = read_some(session, session->source.sk->sk_socket);
 		if (err <= 0)
 			break;
