@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The module on a kernel that watches itself: built from Debian's linux-source with `debug.config` (KASAN, lockdep,
+"""The modules on a kernel that watches itself: built from Debian's linux-source with `debug.config` (KASAN, lockdep,
 DEBUG_OBJECTS, kmemleak), once, and kept in the cache.
 
     ./run debug-kernel [--minutes N]
 
-Runs the module's tests, then N minutes of the fuzzer, then asks kmemleak twice. Any report of the kernel is a failure."""
+Runs the modules' tests, then N minutes of each fuzzer, then asks kmemleak twice. Any report of the kernel is a failure."""
 
 from __future__ import annotations
 
@@ -24,14 +24,20 @@ from vm_images.packages import fetch
 
 SERIES = "6.12"
 CONFIG = Path(__file__).with_name("debug.config")
+MODULES = ("socket_offload", "omss")
 SCRIPT = """set -e
 mount -t debugfs none /sys/kernel/debug
-{python} -m pytest -q -p no:cacheprovider --tb short tests/host_module
-{python} -m tests.host_module.socket_offload.fuzz --minutes {minutes}
+{tests}
 for round in 1 2; do echo scan > /sys/kernel/debug/kmemleak; sleep 6; done
 cat /sys/kernel/debug/kmemleak
-! grep -q socket_offload /sys/kernel/debug/kmemleak
+! grep -q -e {pattern} /sys/kernel/debug/kmemleak
 """
+
+
+def tests(name: str, minutes: float) -> str:
+    """A module's tests and its fuzzer, as lines for the shell."""
+    suite = f"{sys.executable} -m pytest -q -p no:cacheprovider --tb short tests/host_module/{name}"
+    return f"{suite}\n{sys.executable} -m tests.host_module.{name}.fuzz --minutes {minutes}"
 
 
 def source() -> Path:
@@ -80,13 +86,16 @@ class DebugKernel(OtherKernel):
 
 def main() -> int:
     """The exit status: 0 if nobody complained."""
-    parser = argparse.ArgumentParser(description="The module on a kernel that watches itself.")
-    parser.add_argument("--minutes", type=float, default=10, help="of the fuzzer (%(default)s)")
-    minutes = parser.parse_args().minutes
+    parser = argparse.ArgumentParser(description="The modules on a kernel that watches itself.")
+    parser.add_argument("--minutes", type=float, default=10, help="of each fuzzer (%(default)s)")
+    parser.add_argument("--module", choices=MODULES, help="only this one")
+    arguments = parser.parse_args()
+    chosen, minutes = [arguments.module] if arguments.module else list(MODULES), arguments.minutes
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
-        script = SCRIPT.format(python=sys.executable, minutes=minutes)
-        status = DebugKernel(SERIES, ("socket_offload",)).run(["sh", "-c", script], timeout=3600 + 60 * minutes, output=output)
+        script = SCRIPT.format(tests="\n".join(tests(name, minutes) for name in chosen), pattern=" -e ".join(chosen))
+        limit = 3600 + 60 * minutes * len(chosen)
+        status = DebugKernel(SERIES, tuple(chosen)).run(["sh", "-c", script], timeout=limit, output=output)
         print(output.read_text())
     print("no report" if status == 0 else f"ended with {status}")
     return status

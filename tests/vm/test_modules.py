@@ -29,29 +29,41 @@ def pytest_command(*arguments: str) -> str:
     return shlex.join([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb", "short", *arguments])
 
 
-def run_inside(series: str, output: Path, script: str) -> str:
-    """On that kernel; what it printed. A kernel that complained fails."""
-    status = OtherKernel(series, ("socket_offload",)).run(["sh", "-c", f"set -e; {script}"], timeout=280, output=output)
+def run_inside(series: str, output: Path, script: str, *, name: str = "socket_offload") -> str:
+    """On that kernel with that module; what it printed. A kernel that complained fails."""
+    status = OtherKernel(series, (name,)).run(["sh", "-c", f"set -e; {script}"], timeout=280, output=output)
     text = output.read_text()
     print(text)
     assert status == 0
     return text
 
 
+@pytest.mark.parametrize("name", ["socket_offload", "omss"])
 @pytest.mark.parametrize("series", SERIES)
-def test_sparse(series: str, tmp_path: Path) -> None:
+def test_sparse(series: str, name: str, tmp_path: Path) -> None:
     """Address spaces, byte orders and locks, as sparse(1) sees them; the build itself takes a warning (W=1) for an error."""
-    source = ROOT / "host_module" / "socket_offload"
+    source = ROOT / "host_module" / name
     assert module.sparse(source, tree=build.headers(build.kernel(series)), directory=tmp_path) == []
 
 
 @pytest.mark.parametrize("series", SERIES)
 def test_socket_offload(series: str, tmp_path: Path) -> None:
     """The state matrix, and the calls."""
-    text = run_inside(series, tmp_path / "output", pytest_command("tests/host_module"))
+    text = run_inside(series, tmp_path / "output", pytest_command("tests/host_module/socket_offload"))
     passed = re.search(r"(\d+) passed", text)
     assert passed is not None
     assert int(passed[1]) >= 228, "the state matrix alone has as many"
+
+
+@pytest.mark.parametrize("series", SERIES)
+def test_omss(series: str, tmp_path: Path) -> None:
+    """Streams, ends, loads under traffic; then a little nonsense."""
+    suites = [f"tests/host_module/omss/test_{name}.py" for name in ("sessions", "ends")]
+    fuzz = f"{sys.executable} -m tests.host_module.omss.fuzz --minutes 0.1"
+    text = run_inside(series, tmp_path / "output", f"{pytest_command(*suites)}; {fuzz}; rmmod omss", name="omss")
+    passed = re.search(r"(\d+) passed", text)
+    assert passed is not None
+    assert int(passed[1]) >= 40
 
 
 @pytest.mark.parametrize("series", SERIES)

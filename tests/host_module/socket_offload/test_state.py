@@ -122,9 +122,7 @@ def check_bytes(pair: Pair, state: int) -> None:
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "in_place"])
 @pytest.mark.parametrize(("state", "kind", "data", "stamps"), CELLS, ids=["-".join(map(str, cell)) for cell in CELLS])
-def test_state(
-    state: str, kind: str, data: str, stamps: bool, fresh: bool, device: Device, link: set[tuple[str, int]]
-) -> None:
+def test_state(state: str, kind: str, data: str, stamps: bool, fresh: bool, device: Device, link: set[tuple[str, int]]) -> None:
     timestamps(stamps)
     try:
         with connected(kind) as pair:
