@@ -271,30 +271,35 @@ def _module_errors() -> Iterator[None]:
 def module_build(
     headers: Annotated[Path | None, typer.Option(help="Kernel headers; default: those of the running kernel.")] = None,
 ) -> None:
-    """Build the module for the running kernel and install it."""
+    """Build the modules for the running kernel and install them."""
     from hypervisor_svc import module
 
     with _module_errors():
-        typer.echo(f"built {module.build(headers)}; next: streamlift module load")
+        made = module.build(headers)
+        typer.echo(f"built {', '.join(map(str, made))}; next: streamlift module load")
 
 
 @module_app.command("load")
 def module_load() -> None:
-    """Load the module; a service that starts after this uses it."""
+    """Load the modules; a service that starts after this uses them."""
     from hypervisor_svc import module
 
     with _module_errors():
         module.load()
-        typer.echo(f"loaded: {module.status()['why']}")
+        typer.echo("\n".join(f"{facts['module']}: {facts['why']}" for facts in module.status()))
 
 
 @module_app.command("status")
 def module_status(as_json: AsJson = False) -> None:
-    """Is the module built and loaded, and which backend would be used, and why?"""
+    """Are the modules built and loaded, which backend and which relay engine would be used, and why?"""
     from hypervisor_svc import module
 
-    facts = module.status()
-    typer.echo(json.dumps(facts) if as_json else "\n".join(f"{key:9}{value}" for key, value in facts.items()))
+    found = module.status()
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        texts = ("\n".join(f"{key:9}{value}" for key, value in facts.items()) for facts in found)
+        typer.echo("\n\n".join(texts))
 
 
 def main() -> None:

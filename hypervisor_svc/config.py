@@ -75,6 +75,9 @@ class Serve(_Section):
 class RelaySection(_Section):
     """One source, many sinks."""
 
+    engine: Literal["auto", "user", "omss"] = Field(
+        default="auto", description="Who relays; auto: the kernel module omss, if it is loaded; files are always the service's own."
+    )
     max_relays_per_vm: int = Field(default=64, ge=0, description="Relays of one VM that may be open at once.")
     max_ring_bytes_per_vm: int = Field(default=256 << 20, ge=4096, description="What the rings of one VM's relays may keep.")
     udp_ports: tuple[int, int] | None = Field(

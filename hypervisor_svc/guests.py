@@ -37,7 +37,7 @@ from hypervisor_svc.policy import (
     read_udp_job,
 )
 from hypervisor_svc.redirect import Flow, Redirect
-from hypervisor_svc.relay import RelayLimits, Relays
+from hypervisor_svc.relay import RelayLimits, Relays, choose
 from hypervisor_svc.schedule import Schedule
 from hypervisor_svc.serve import Server
 from hypervisor_svc.splice_user import UserEngine
@@ -84,6 +84,7 @@ class Guests:
         quantum: int,
         limits: Limits,
         relay_limits: RelayLimits,
+        relay_engine: str,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.durations = Durations()
@@ -93,7 +94,9 @@ class Guests:
         self.schedule = Schedule()
         self._server = Server(self.schedule, quantum=quantum, on_finished=self._finished, on_gone=self._client_gone)
         self._user_engine = UserEngine(self.schedule)
+        self._engine = choose(relay_engine, self._user_engine)
         self.relays = Relays(
+            self._engine,
             self._user_engine,
             relay_limits,
             on_home=self._finished,
@@ -154,6 +157,8 @@ class Guests:
         for uuid in list(self._by_uuid):
             self.machine_down(uuid)
         self._server.close()
+        if self._engine is not self._user_engine:
+            self._engine.close()
         self._user_engine.close()
         self.schedule.close()
         self._meter.cancel()

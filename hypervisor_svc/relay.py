@@ -29,12 +29,29 @@ from guest_agent.handoff.errors import GuestError, HostError, Reason
 from hypervisor_svc.connection import Connection, Guest
 from hypervisor_svc.policy import RelayJob, RelayPlan, UdpJob, open_file
 from hypervisor_svc.splice import Counts, Engine, FileSource, Left, Parting, Session, Source
+from hypervisor_svc.splice_omss import OmssEngine
+from hypervisor_svc.splice_user import UserEngine
 
 log = logging.getLogger("streamlift.relay")
 
 _IP_TRANSPARENT, _IPV6_TRANSPARENT = 19, 75
 _REUSE = 1
 _GONE = {Left.PEER_GONE: Reason.PEER_GONE, Left.LAGGED: Reason.LAGGED}
+
+
+def choose(wanted: str, user: UserEngine) -> UserEngine | OmssEngine:
+    """The engine that the configuration asks for; "auto": the kernel module, if it is loaded. Raises OSError if it must be, and is
+    not."""
+    if wanted == "user":
+        user.why = "the configuration asks for it"
+        return user
+    try:
+        return OmssEngine()
+    except OSError as error:
+        if wanted == "omss":
+            raise
+        user.why = f"{error.strerror}; 'streamlift module build', then 'streamlift module load'"
+        return user
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,7 @@ class Relay:
 
     guest: Guest
     plan: RelayPlan
+    engine: Engine | None = None
     session: Session | None = None
     source: Connection | None = None
     port: socket.socket | None = None
@@ -73,19 +91,21 @@ class Relay:
 
 
 class Relays:
-    """All relays. `on_home(connection)`: it left the relay and can go home; `on_gone(connection, errno)`: its client is dead;
+    """All relays: those of files, which are sent from the page cache, by the engine `files`, others by `engine`.
+    `on_home(connection)`: it left the relay and can go home; `on_gone(connection, errno)`: its client is dead;
     `on_lagged(connection)`: it fell too far behind, and its application wanted that to be the end."""
 
     def __init__(
         self,
         engine: Engine,
+        files: Engine,
         limits: RelayLimits,
         *,
         on_home: Callable[[Connection], None],
         on_gone: Callable[[Connection, int], None],
         on_lagged: Callable[[Connection], None],
     ) -> None:
-        self.engine, self._limits = engine, limits
+        self._engine, self._files, self._limits = engine, files, limits
         self._on_home, self._on_gone, self._on_lagged = on_home, on_gone, on_lagged
         self._loop = asyncio.get_running_loop()
 
@@ -139,7 +159,8 @@ class Relays:
         return sock
 
     def _begin(self, relay: Relay, source: Source) -> None:
-        relay.session = self.engine.begin(
+        relay.engine = self._files if isinstance(source, FileSource) else self._engine
+        relay.session = relay.engine.begin(
             source,
             relay.plan.options,
             owner=relay.guest,
@@ -313,8 +334,8 @@ class Relays:
             "relay": relay.token,
             "source": relay.plan.path if relay.plan.source == "file" else relay.plan.source,
             "class": relay.guest.machine.priority,
-            "engine": self.engine.name,
-            "why": self.engine.why,
+            "engine": relay.engine.name if relay.engine else None,
+            "why": relay.engine.why if relay.engine else "it has no source yet",
             "budget_ms": relay.plan.options.budget_ms,
             "ended": relay.ended,
             "age_seconds": round(time.monotonic() - relay.opened, 1),

@@ -69,6 +69,7 @@ class Service:
                 quantum=self._config.serve.quantum_bytes,
                 limits=self._limits(),
                 relay_limits=self._relay_limits(),
+                relay_engine=self._config.relay.engine,
             )
             stack.callback(self._guests.close)
             stack.push_async_callback(self._drain)

@@ -35,38 +35,95 @@ bool omss_ts_begins(const u8 *packet)
 	return packet[0] == SYNC_BYTE && !pid_of(packet) && unit_starts(packet);
 }
 
-/* The PIDs of the PMTs; of a PAT longer than a packet those in the first. */
+/* What a decoder begins with, if there is any: stream types of ISO/IEC 13818-1, table 2-34. */
+static bool is_video(u8 stream_type)
+{
+	switch (stream_type) {
+	case 0x01:	/* MPEG-1 */
+	case 0x02:	/* MPEG-2 */
+	case 0x10:	/* MPEG-4 */
+	case 0x1b:	/* H.264, and its kin */
+	case 0x1e:
+	case 0x1f:
+	case 0x20:
+	case 0x21:	/* JPEG 2000 */
+	case 0x24:	/* HEVC */
+	case 0x33:	/* VVC */
+	case 0x42:	/* AVS */
+	case 0xd1:	/* Dirac */
+	case 0xea:	/* VC-1 */
+		return true;
+	}
+	return false;
+}
+
+/*
+ * Where the section that begins in a packet is; of one longer than a packet what is in the first. @end: without the CRC. Its
+ * first byte, 0 if it makes no sense.
+ */
+static unsigned int section_of(const u8 *packet, unsigned int head, unsigned int *end)
+{
+	unsigned int at = payload_of(packet);
+
+	if (at >= OMSS_TS_PACKET)
+		return 0;
+	at += 1 + packet[at];
+	if (at + head > OMSS_TS_PACKET)
+		return 0;
+	*end = at + 3 + ((packet[at + 1] & 0x0f) << 8 | packet[at + 2]);
+	*end = min(*end, OMSS_TS_PACKET + 4u) - 4;
+	return at;
+}
+
+/* The PIDs of the PMTs. */
 static void read_programs(struct omss_ts *ts, const u8 *packet)
 {
-	unsigned int at = payload_of(packet), end;
+	unsigned int end, at = section_of(packet, 8, &end);
 
 	bitmap_zero(ts->programs, OMSS_TS_PIDS);
-	if (at >= OMSS_TS_PACKET)
+	if (!at || packet[at])
 		return;
-	at += 1 + packet[at];
-	if (at + 8 > OMSS_TS_PACKET || packet[at])
-		return;
-	end = at + 3 + ((packet[at + 1] & 0x0f) << 8 | packet[at + 2]);
-	end = min(end, OMSS_TS_PACKET + 4u) - 4; /* the CRC */
 	for (at += 8; at + 4 <= end; at += 4) {
 		if (packet[at] || packet[at + 1]) /* program 0 is the network's */
 			__set_bit(pid_of(packet + at + 1), ts->programs);
 	}
 }
 
-/* A whole packet that is, or will be, in entry `seq`. */
+/* Adds the PIDs of a PMT's video streams, or of all its streams; whether there were any. */
+static bool add_streams(struct omss_ts *ts, const u8 *packet, bool only_video)
+{
+	unsigned int end, at = section_of(packet, 12, &end);
+	bool any = false;
+
+	if (!at)
+		return false;
+	at += 12 + ((packet[at + 10] & 0x0f) << 8 | packet[at + 11]);
+	for (; at + 5 <= end; at += 5 + ((packet[at + 3] & 0x0f) << 8 | packet[at + 4])) {
+		if (only_video && !is_video(packet[at]))
+			continue;
+		__set_bit(pid_of(packet + at), ts->streams);
+		any = true;
+	}
+	return any;
+}
+
+/*
+ * A whole packet that is, or will be, in entry `seq`. Where there is video its pictures are the places to begin: every packet of
+ * sound may be one.
+ */
 void omss_ts_packet(struct omss_ts *ts, struct omss_ring *ring, const u8 *packet, u64 seq)
 {
 	unsigned int pid = pid_of(packet);
 
 	if (omss_ts_begins(packet)) {
 		read_programs(ts, packet);
+		bitmap_zero(ts->streams, OMSS_TS_PIDS);
 		ts->have_pat = true;
-		ts->have_pmt = false;
 		ts->pat = seq;
 	} else if (test_bit(pid, ts->programs)) {
-		ts->have_pmt |= unit_starts(packet);
-	} else if (ts->have_pat && ts->have_pmt && random_access(packet)) {
+		if (unit_starts(packet) && !add_streams(ts, packet, true))
+			add_streams(ts, packet, false);
+	} else if (ts->have_pat && test_bit(pid, ts->streams) && random_access(packet)) {
 		omss_ring_mark(ring, ts->pat);
 		ts->have_pat = false;
 	}

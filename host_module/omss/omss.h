@@ -122,9 +122,10 @@ void omss_members_stop(void);
 struct omss_ts {
 	u32 pending;			/* bytes after ring.room.offset that are no entry yet */
 	bool lost;			/* inside a gap */
-	bool have_pat, have_pmt;
+	bool have_pat;
 	u64 pat;			/* the entry that holds the last PAT */
 	DECLARE_BITMAP(programs, OMSS_TS_PIDS);	/* PIDs of its PMTs */
+	DECLARE_BITMAP(streams, OMSS_TS_PIDS);	/* whose random access counts */
 };
 
 bool omss_ts_begins(const u8 *packet);

@@ -74,9 +74,11 @@ def test_a_value_that_is_not_allowed_is_a_usage_error(tmp_path: Path) -> None:
 
 
 def test_the_module_is_explained_where_there_is_none(tmp_path: Path) -> None:
-    facts = json.loads(invoke("module", "status", "--json").output)
-    if not facts["loaded"]:
-        assert facts["backend"] == "tcp_repair" and "streamlift module build" in facts["why"]
+    sockets, relays = json.loads(invoke("module", "status", "--json").output)
+    if not sockets["loaded"]:
+        assert sockets["used"] == "tcp_repair" and "streamlift module build" in sockets["why"]
+    if not relays["loaded"]:
+        assert relays["used"] == "user" and "not loaded" in relays["why"]
     result = invoke("module", "build", "--headers", str(tmp_path))
     assert result.exit_code == 1
     assert "apt-get install linux-headers-" in result.output

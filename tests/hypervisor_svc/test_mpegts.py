@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypervisor_svc.mpegts import PACKET, Framer, SyncPoints
-from tests.hypervisor_svc.transport_stream import SOUND_PID, VIDEO_PID, packet, pat, pmt, stream
+from tests.transport_stream import SOUND_PID, VIDEO_PID, packet, pat, pmt, stream
 
 
 @given(data=st.binary(max_size=3000), cuts=st.lists(st.integers(0, 3000)), largest=st.integers(188, 2000))

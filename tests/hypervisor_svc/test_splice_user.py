@@ -20,7 +20,7 @@ from hypervisor_svc.ring import Join, OnLag
 from hypervisor_svc.schedule import Schedule
 from hypervisor_svc.splice import FileSource, Framing, Left, Parting, SessionOptions, SinkOptions, SinkState, Source
 from hypervisor_svc.splice_user import UserEngine, UserSession
-from tests.hypervisor_svc.transport_stream import PACKET, stream
+from tests.transport_stream import PACKET, stream
 
 LOOPBACKS = {4: "127.0.0.1", 6: "::1"}
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}

@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 
 from tests.client import make_content
-from tests.hypervisor_svc.transport_stream import stream
 from tests.namespaces import capture
 from tests.namespaces.deployment import LIVE_PASSWORD, LIVE_PORT, ROOT, Deployment, deployed, wait_for
 from tests.namespaces.topology import Network, routed
+from tests.transport_stream import stream
 
 pytestmark = pytest.mark.root
 

@@ -109,7 +109,8 @@ struct omss_hello {
  * MPEG-TS (ISO/IEC 13818-1): entries of a TCP source are whole packets of 188
  * bytes, and a PAT always begins one; bytes between packets are dropped. The
  * entry that holds a PAT is a sync point as soon as a PMT and then a packet with
- * random_access_indicator have followed it before the next PAT. Datagrams are
+ * random_access_indicator have followed it before the next PAT; a packet of video,
+ * where there is any (sound could begin at every packet). Datagrams are
  * left as they are (188-byte packets, with or without an RTP header of 12 bytes).
  */
 #define OMSS_MPEGTS		1

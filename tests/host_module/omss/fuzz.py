@@ -18,7 +18,7 @@ from collections.abc import Callable
 from hypervisor_svc import omss
 from hypervisor_svc.omss import Framing, Join, OnLag
 from tests.host_module.omss.streams import KINDS, Link, link
-from tests.host_module.omss.transport_stream import group
+from tests.transport_stream import group
 
 IPPROTO_MPTCP = 262
 SETS = (omss.SET_SOURCE, omss.ADD_SINK, omss.REMOVE_SINK, omss.END, omss.BASE + 5)

@@ -38,7 +38,7 @@ from tests.host_module.omss.streams import (
     settled,
     wait_for,
 )
-from tests.host_module.omss.transport_stream import PACKET, group, packet, pat
+from tests.transport_stream import PACKET, group, packet, pat
 
 SMALL = 4096
 """Bytes of a socket buffer that stalls soon."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 
@@ -10,18 +11,19 @@ PACKET = 188
 PAT_PID, PMT_PID, VIDEO_PID, SOUND_PID = 0, 0x100, 0x101, 0x102
 
 
-def packet(pid: int, payload: bytes = b"", *, start: bool = False, random_access: bool = False, filler: bytes = b"\xff") -> bytes:
-    """One packet; what `payload` leaves is adaptation field (with a payload) or `filler`."""
+def packet(pid: int, payload: bytes | None = None, *, start: bool = False, random_access: bool = False) -> bytes:
+    """One packet, with padding after `payload`; with random bytes, none of which is a sync byte, if there is none."""
     flags = (0x40 if start else 0) | pid >> 8
     adaptation = (0x30, 1, 0x40) if random_access else (0x10,)
-    body = bytes((0x47, flags, pid & 0xFF, *adaptation)) + payload
-    return body + (filler * PACKET)[: PACKET - len(body)]
+    head = bytes((0x47, flags, pid & 0xFF, *adaptation))
+    body = os.urandom(PACKET).replace(b"\x47", b"\x48") if payload is None else payload.ljust(PACKET, b"\xff")
+    return (head + body)[:PACKET]
 
 
-def pat() -> bytes:
+def pat(*, stuffing: bytes = b"") -> bytes:
     """Names one programme; its PMT is on PMT_PID. The checksum is not looked at by anybody here."""
     section = struct.pack(">BHHBBBHHI", 0, 0xB00D, 1, 0xC1, 0, 0, 1, 0xE000 | PMT_PID, 0)
-    return packet(PAT_PID, b"\0" + section, start=True)
+    return packet(PAT_PID, b"\0" + section + stuffing, start=True)
 
 
 def pmt(*, video: bool = True, sound: bool = False) -> bytes:
@@ -40,3 +42,9 @@ def stream(groups: int, *, length: int = 20, seed: int = 1) -> list[bytes]:
         packets += [pat(), pmt(), packet(VIDEO_PID, chance.randbytes(100), start=True, random_access=True)]
         packets += [packet(VIDEO_PID, chance.randbytes(180)) for _ in range(length - 3)]
     return packets
+
+
+def group(packets: int, *, key: bool = True) -> bytes:
+    """A PAT like no other, and `packets` more: with a key frame a decoder can begin at the PAT."""
+    head = [pat(stuffing=os.urandom(100).replace(b"\x47", b"\x48")), pmt(), packet(VIDEO_PID, start=True, random_access=key)]
+    return b"".join([*head, *(packet(VIDEO_PID) for _ in range(packets - 2))])
