@@ -140,6 +140,11 @@ def backends() -> tuple[str, str]:
     return guest, host
 
 
+def relay_engine() -> str:
+    """From STREAMLIFT_RELAY_ENGINE; by default whatever there is."""
+    return os.environ.get("STREAMLIFT_RELAY_ENGINE", "auto")
+
+
 def _config(network: Network, folder: Path, share: Path, extra: str, mode: str, channel: str) -> str:
     addresses = json.dumps(list(network.guest_address.values()))
     bridge = f'bridge = "{network.bridge}"' if network.bridge else ""
@@ -149,6 +154,8 @@ runtime_dir = "{folder}"
 backend = "{backends()[1]}"
 [redirect]
 mode = "{mode}"
+[relay]
+engine = "{relay_engine()}"
 [libvirt]
 enabled = false
 [[vm]]

@@ -24,6 +24,9 @@ EVERY_BYTE = "every_byte and routed-nat-ipv4"
 CHOSEN = {"6.1": f"{EVERY_BYTE} or closes_its_side", "6.12": "every_byte and bridged-transparent-ipv6 or by_the_operator"}
 
 
+RELAYED = {"6.1": "every_byte", "6.12": "stalls or operator"}
+
+
 def pytest_command(*arguments: str) -> str:
     """For a shell."""
     return shlex.join([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb", "short", *arguments])
@@ -75,6 +78,15 @@ def test_end_to_end(series: str, tmp_path: Path) -> None:
         STREAMLIFT_BACKENDS={CROSS[series]} {pytest_command(suite, "-k", EVERY_BYTE)}"""
     text = run_inside(series, tmp_path / "output", script)
     assert "2 passed" in text and "1 passed" in text
+
+
+@pytest.mark.parametrize("series", SERIES)
+def test_relay(series: str, tmp_path: Path) -> None:
+    """Live streams through the whole product, by the module."""
+    suite = "tests/namespaces/test_relay.py"
+    script = f"STREAMLIFT_RELAY_ENGINE=omss {pytest_command(suite, '-k', RELAYED[series])}; rmmod omss"
+    text = run_inside(series, tmp_path / "output", script, name="omss")
+    assert "2 passed" in text
 
 
 def test_command_line(tmp_path: Path) -> None:
