@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the entries of a `user` relay come from: a TCP connection, a UDP socket, a file that grows."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import select
+import socket
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+from guest_agent.handoff import kernel
+from hypervisor_svc.mpegts import Framer
+from hypervisor_svc.ring import Payload, Slice
+from hypervisor_svc.splice import FileSource, Framing, Source
+
+if TYPE_CHECKING:
+    from hypervisor_svc.splice_user import UserSession
+
+RECEIVE_BYTES = 1 << 16
+RECEIVES = 16
+"""Receives from a source between two turns of its sinks."""
+SOURCE_BUFFER = 4 << 20
+"""Bytes of datagrams that may wait in the source's socket."""
+POLL_INTERVAL = 0.01
+"""Seconds between two looks at a file that grows; nobody tells a file system's other side when it has."""
+_SO_MEMINFO = 55
+
+
+class SourceReader:
+    """Gives the session what comes. Sockets stay their owner's."""
+
+    file = -1
+
+    def __init__(self, session: UserSession) -> None:
+        self._session = session
+        self._loop = session.engine.loop
+
+    def read(self, part: Slice) -> bytes:
+        """Bytes of the source's file."""
+        raise NotImplementedError
+
+    def dropped(self) -> dict[str, int]:
+        """Entries that were lost before they came here."""
+        return {}
+
+    def close(self) -> None:
+        """Take no more. Idempotent."""
+
+    def release(self) -> None:
+        """The session needs nothing of it any more."""
+
+
+class SocketSource(SourceReader):
+    """A `schedule.Task`, after those of its sinks and before everything of a lower class. What has come waits in the socket until
+    the sinks had their turns: so a class that has enough to do leaves nothing to lower ones, and loses nothing before they do."""
+
+    def __init__(self, session: UserSession, sock: socket.socket) -> None:
+        super().__init__(session)
+        self._sock, self._engine = sock, session.engine
+        self._open = True
+        self._receives = min(RECEIVES, session.options.ring_entries // 2)
+        sock.setblocking(False)
+        self._engine.watch(sock.fileno(), self, select.EPOLLIN)
+
+    @property
+    def owner(self) -> Hashable:
+        """See `schedule.Task`."""
+        return self._session.owner
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """See `schedule.Task`."""
+        return self._session.level, -1
+
+    def event(self, events: int) -> None:
+        """Something has come, or the end."""
+        self._engine.schedule.add(self)
+
+    def turn(self) -> None:
+        """See `schedule.Task`."""
+        if self._open and not self._exhausted():
+            self._engine.schedule.add(self)
+
+    def _exhausted(self) -> bool:
+        """Take some of what has come; whether there was no more. True too when that was the end."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._engine.schedule.remove(self)
+            self._engine.unwatch(self._sock.fileno())
+
+
+class StreamSource(SocketSource):
+    def __init__(self, session: UserSession, sock: socket.socket) -> None:
+        options = session.options
+        self._framer = Framer(options.entry_bytes) if options.framing is Framing.MPEGTS else None
+        room = options.entry_bytes * options.ring_entries // 2
+        self._size = min(RECEIVE_BYTES, room) if self._framer else options.entry_bytes
+        super().__init__(session, sock)
+
+    def _exhausted(self) -> bool:
+        for _ in range(self._receives):
+            try:
+                data = self._sock.recv(self._size)
+            except BlockingIOError:
+                return True
+            except OSError as error:
+                self._session.end(f"the source's connection: {error.strerror}")
+                return True
+            if not data:
+                rest = self._framer.flush() if self._framer else b""
+                self._session.take([rest] if rest else [])
+                self._session.end("the source closed its connection")
+                return True
+            self._session.take(self._framer.feed(data) if self._framer else [data])
+        return False
+
+
+class DatagramSource(SocketSource):
+    def __init__(self, session: UserSession, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, kernel.SO_RCVBUFFORCE, SOURCE_BUFFER)
+        self._before = _drops(sock)
+        super().__init__(session, sock)
+
+    def _exhausted(self) -> bool:
+        came: list[Payload] = []
+        exhausted = False
+        for _ in range(self._receives):
+            try:
+                came.append(self._sock.recv(RECEIVE_BYTES))
+            except BlockingIOError:
+                exhausted = True
+                break
+            except ConnectionRefusedError:
+                continue  # ICMP for something that somebody sent from here
+            except OSError as error:
+                self._session.end(f"the source's socket: {error.strerror}")
+                return True
+        if came:
+            self._session.take(came)
+        return exhausted
+
+    def dropped(self) -> dict[str, int]:
+        lost = _drops(self._sock) - self._before if self._sock.fileno() >= 0 else 0
+        return {"not_read_in_time": lost} if lost else {}
+
+
+def _drops(sock: socket.socket) -> int:
+    """Datagrams that a socket had no room for (SO_MEMINFO, SK_MEMINFO_DROPS)."""
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 36)[32:36], "little")
+
+
+class FileReader(SourceReader):
+    """Entries are parts of the file, whole pages where that is possible without waiting."""
+
+    def __init__(self, session: UserSession, source: FileSource) -> None:
+        super().__init__(session)
+        self.file, self._offset = source.file, source.offset
+        mpegts = session.options.framing is Framing.MPEGTS
+        self._framer = Framer(session.options.entry_bytes) if mpegts else None
+        self._at = source.offset
+        self._timer: asyncio.TimerHandle | None = self._loop.call_soon(self._look)  # type: ignore[assignment]
+
+    def _look(self) -> None:
+        try:
+            size = os.fstat(self.file).st_size
+            grown = self._grown(size)
+        except OSError as error:
+            self._session.end(f"the source's file: {error.strerror}")
+            return
+        self._timer = self._loop.call_later(0 if size > self._at else POLL_INTERVAL, self._look)
+        if grown:
+            self._session.take(grown)
+
+    def _grown(self, size: int) -> list[Payload]:
+        if size < self._at:
+            raise OSError(errno.ESTALE, "it was cut short")
+        parts: list[Payload] = []
+        for _ in range(RECEIVES):
+            length = min(size - self._at, RECEIVE_BYTES if self._framer else self._session.options.entry_bytes)
+            if not length:
+                break
+            parts += self._cut(Slice(self._at, length))
+            self._at += length
+        return parts
+
+    def _cut(self, part: Slice) -> list[Payload]:
+        if self._framer is None:
+            return [part]
+        parts: list[Payload] = []
+        for entry in self._framer.feed(self.read(part)):
+            parts.append(Slice(self._offset, len(entry)))
+            self._offset += len(entry)
+        return parts
+
+    def read(self, part: Slice) -> bytes:
+        return os.pread(self.file, part.length, part.offset)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def release(self) -> None:
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
+
+
+def open_source(source: Source, session: UserSession) -> SourceReader:
+    if isinstance(source, FileSource):
+        return FileReader(session, source)
+    if source.type == socket.SOCK_STREAM:
+        return StreamSource(session, source)
+    return DatagramSource(session, source)
