@@ -18,12 +18,12 @@ KERNEL = "6.12"
 _MARK = "RESULT "
 
 
-def measure(module: str, *arguments: str, timeout: float) -> Any:
-    """Run the module's inside, with our kernel module loaded; what it told. Raises RuntimeError with its last words."""
+def measure(module: str, *arguments: str, modules: tuple[str, ...] = ("socket_offload",), timeout: float) -> Any:
+    """Run the module's inside, with kernel modules of ours loaded; what it told. Raises RuntimeError with its last words."""
     command = [sys.executable, "-m", module, "--inside", *arguments]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
-        status = OtherKernel(KERNEL, ("socket_offload",), counted=True).run(command, timeout=timeout, output=output)
+        status = OtherKernel(KERNEL, modules, counted=True).run(command, timeout=timeout, output=output)
         text = output.read_text()
     if status:
         raise RuntimeError(f"the VM's part ended with {status}:\n{text[-3000:]}")

@@ -51,7 +51,7 @@ class Plan:
 
 
 FULL = Plan((200, 1000, 2000), seconds=4, repeats=3)
-QUICK = Plan((100,), seconds=1.5, repeats=1, flood_sinks=20)
+QUICK = Plan((40,), seconds=0.8, repeats=1, flood_sinks=20)
 
 
 @dataclass

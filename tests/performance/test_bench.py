@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.performance import bench, files, handoff, moves, warm
+from tests.performance import bench, fanout, files, handoff, moves, overload, payload, peers, warm
 from tests.performance.bench import Bar, Report
 from tests.vm.setups import NAMES
 
@@ -154,3 +154,69 @@ def test_the_plot_is_a_png(tmp_path: Path) -> None:
     report = Report("handoff", "none", rows=_rows(added=1, rate=99))
     handoff.plot(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _relayed(side: str, protocol: str, share: float, **more: Any) -> dict[str, Any]:
+    row = {"side": side, "protocol": protocol, "sinks": 2000, "seconds": 2, "processor_seconds": 2 * share, "pieces": 1}
+    return {**row, "expected": 10, "delivered": 10, "memory_per_sink": 500, **more}
+
+
+def _fanned_out(cheap: float, *, copied: float = 100) -> list[dict[str, Any]]:
+    rows = [_relayed("daemon", protocol, 0.2) for protocol in ("udp", "tcp")]
+    for protocol in ("udp", "tcp"):
+        rows += [_relayed(f"user, {budget} ms", protocol, cheap if budget else 0.2) for budget in fanout.BUDGETS]
+    return rows + [{"side": "C loop", "sinks": 9, "delivered": 100}, {"side": "user", "sinks": 9, "delivered": copied}]
+
+
+@pytest.mark.parametrize(("cheap", "copied", "short"), [(0.069, 80, 0), (0.071, 80, 2), (0.069, 79, 1)])
+def test_fanout_is_compared_with_the_daemon(cheap: float, copied: float, short: int) -> None:
+    bars = fanout.verdicts(_fanned_out(cheap, copied=copied), fanout.FULL)
+    assert sum(not bar.holds for bar in bars) == short
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "holds"), [([0, 0.5, 1], [0, 0, 0.4], True), ([0, 0.5, 1], [0, 0.02, 0.4], False), ([0, 0.1], [0, 0], False)]
+)
+def test_the_high_class_loses_last(low: list[float], high: list[float], holds: bool) -> None:
+    rows = [{"class": name, "loss": loss} for name, losses in (("low", low), ("high", high)) for loss in losses]
+    assert all(bar.holds for bar in overload.verdicts(rows)) is holds
+
+
+def test_where_sharing_begins_to_pay() -> None:
+    plan = payload.Plan((64, 256, 1400))
+    costs = {"OMSS-M": (10, 20, 40), "OMSS": (15, 19, 21), "daemon": (0, 0, 40)}
+    rows = [
+        {"side": side, "protocol": protocol, "size": size, "instructions": cost}
+        for side, several in costs.items()
+        for protocol in ("udp", "tcp")
+        for size, cost in zip(plan.sizes, several, strict=True)
+    ]
+    assert payload.switching_point(rows, "tcp", plan) == 256
+    assert all(bar.holds for bar in payload.verdicts(rows))
+    next(row for row in rows if row["side"] == "OMSS" and row["size"] == 1400)["instructions"] = 41
+    assert sum(not bar.holds for bar in payload.verdicts(rows)) == 2
+    assert payload.switching_point(rows, "udp", plan) is None
+
+
+def test_a_peer_is_compared_by_what_was_delivered() -> None:
+    rows = [{"side": side, "processor_seconds": 1, "delivered": 1 << 30} for side in peers.SIDES]
+    assert not peers.verdicts(rows)[0].holds
+    rows[0]["processor_seconds"] = 2
+    assert peers.verdicts(rows)[0].holds
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", ["fanout", "overload"])
+def test_relays_are_measured(name: str, tmp_path: Path) -> None:
+    """Not how well: other tests may be running."""
+    report, plot = tmp_path / "report.json", tmp_path / "plot.png"
+    argv = [sys.executable, "-m", f"tests.performance.{name}", "--quick", "--json", str(report), "--plot", str(plot)]
+    done = subprocess.run(argv, cwd=bench.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, bench.FALLS_SHORT), done.stderr
+    data = json.loads(report.read_text())
+    if name == "fanout":
+        assert {row["side"] for row in data["rows"]} == {*fanout.SIDES, *fanout.FLOODS}
+        assert [bar["holds"] for bar in data["bars"] if bar["name"].startswith("bytes delivered")] == [True]
+    else:
+        assert [row["class"] for row in data["rows"]] == list(overload.CLASSES) * len(overload.QUICK.burdens)
+    assert plot.read_bytes().startswith(b"\x89PNG")
