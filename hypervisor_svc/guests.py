@@ -10,7 +10,7 @@ import errno
 import json
 import logging
 import struct
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -54,6 +54,8 @@ LINGER = 60.0
 """Seconds that the redirect of a connection which the host closed stays at most, while its last packets pass."""
 LINGER_INTERVAL = 0.5
 MAX_SEGMENTS = 4096
+HOMEWARD = 8
+"""Connections of relays that are sent home between two looks at everything else."""
 _REMEMBERED = 8192
 """How many transfers that are over are remembered, for an agent that was restarted and asks."""
 T = TypeVar("T")
@@ -99,10 +101,11 @@ class Guests:
             self._engine,
             self._user_engine,
             relay_limits,
-            on_home=self._finished,
+            on_home=self._go_home,
             on_gone=self._client_gone,
             on_lagged=self._lagged,
         )
+        self._homeward: deque[Connection] = deque()
         self._by_uuid: dict[str, Guest] = {}
         self._by_cookie: dict[int, Connection] = {}
         self._offered_flows: OrderedDict[str, Flow] = OrderedDict()
@@ -456,6 +459,18 @@ class Guests:
             self._client_gone(connection, error.errno or errno.ECONNRESET)
             return
         connection.timer = self._loop.call_later(RETURN_LIMIT, self._never_came_home, connection)
+
+    def _go_home(self, connection: Connection) -> None:
+        """Soon: a relay's end sends thousands home, and others want to be served meanwhile."""
+        if not self._homeward:
+            self._loop.call_soon(self._send_some_home)
+        self._homeward.append(connection)
+
+    def _send_some_home(self) -> None:
+        for _ in range(min(HOMEWARD, len(self._homeward))):
+            self._finished(self._homeward.popleft())
+        if self._homeward:
+            self._loop.call_soon(self._send_some_home)
 
     def _wait_for_guest(self, connection: Connection) -> None:
         """Its place-holder is about to stand by: that takes less time than the longer way home."""

@@ -109,6 +109,11 @@ class Relays:
         self._on_home, self._on_gone, self._on_lagged = on_home, on_gone, on_lagged
         self._loop = asyncio.get_running_loop()
 
+    @property
+    def engine(self) -> dict[str, str]:
+        """Which engine, and why."""
+        return {"name": self._engine.name, "why": self._engine.why}
+
     # Relays open and close.
 
     def open(self, guest: Guest, plan: RelayPlan) -> None:
@@ -159,14 +164,21 @@ class Relays:
         return sock
 
     def _begin(self, relay: Relay, source: Source) -> None:
-        relay.engine = self._files if isinstance(source, FileSource) else self._engine
-        relay.session = relay.engine.begin(
-            source,
-            relay.plan.options,
-            owner=relay.guest,
-            level=relay.guest.level,
-            on_end=partial(self._source_ended, relay),
-        )
+        for engine in (self._files,) if isinstance(source, FileSource) else (self._engine, self._files):
+            try:
+                relay.session = engine.begin(
+                    source,
+                    relay.plan.options,
+                    owner=relay.guest,
+                    level=relay.guest.level,
+                    on_end=partial(self._source_ended, relay),
+                )
+                relay.engine = engine
+                return
+            except OSError as error:
+                failure = error
+                log.warning("%s: engine %s: %s", relay.guest.machine.name, engine.name, error)
+        raise HostError(Reason.RESTORE_FAILED, f"the source: {failure.strerror}", errno=failure.errno or 0)
 
     def close(self, relay: Relay) -> None:
         """Its connections go home where they stand."""
@@ -229,7 +241,7 @@ class Relays:
             connection.sink = relay.session.add_sink(connection.sock, job.options, partial(self._left, relay))
         except (ValueError, OverflowError) as error:
             connection.relay = None
-            raise GuestError(Reason.TABLE_FULL, str(error)) from None
+            raise _not_a_sink(error) from None
         relay.sinks[connection.sink] = connection
 
     def release(self, connection: Connection) -> None:
@@ -263,7 +275,7 @@ class Relays:
             number = relay.session.add_sink(sock, job.options, partial(self._udp_left, relay, job.token))
         except (ValueError, OverflowError) as error:
             sock.close()
-            raise GuestError(Reason.TABLE_FULL, str(error)) from None
+            raise _not_a_sink(error) from None
         relay.udp[job.token] = number, sock
 
     def remove_udp(self, relay: Relay, token: str) -> None:
@@ -348,6 +360,10 @@ class Relays:
         if sinks:
             row["sinks"] = [_sink_row(relay, asdict(one)) for one in relay.session.sinks()]
         return row
+
+
+def _not_a_sink(error: ValueError | OverflowError) -> GuestError:
+    return GuestError(Reason.TABLE_FULL if isinstance(error, OverflowError) else Reason.BAD_REQUEST, str(error))
 
 
 def _note(connection: Connection, parting: Parting) -> None:

@@ -36,12 +36,16 @@ def show_status(status: dict[str, Any]) -> None:
     memory, up = size(status["memory_bytes"]), status["uptime_seconds"]
     print(f"streamlift {status['version']}, process {status['pid']}, {memory}, up {up:.0f} s")
     print(f"backend {backend['name']} ({backend['why']}); redirect {status['redirect']}; {freeze}")
+    engine = status["relay_engine"]
+    print(f"relays: engine {engine['name']} ({engine['why']})")
     rows = [
         (
             machine["name"],
             machine["channel"],
-            machine["agent_version"] or "-",
+            f"{machine['agent_version'] or '-'}, {machine['backend']}",
             ", ".join(machine["addresses"]),
+            machine["priority"],
+            machine["relays"],
             machine["connections_out"],
             machine["handed_out"],
             machine["handed_back"],
@@ -52,7 +56,8 @@ def show_status(status: dict[str, Any]) -> None:
         )
         for machine in status["machines"]
     ]
-    show("machines", ("VM", "channel", "agent", "addresses", "out now", "out", "home", "ended", "refused", "sent", "now"), rows)
+    about = ("VM", "channel", "agent", "addresses", "class", "relays")
+    show("machines", (*about, "out now", "out", "home", "ended", "refused", "sent", "now"), rows)
     steps = [(step, s["samples"], s["p50_us"], s["p99_us"]) for step, s in status["durations"].items()]
     if steps:
         show("steps", ("step", "samples", "p50, us", "p99, us"), steps)

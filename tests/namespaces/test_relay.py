@@ -99,6 +99,13 @@ def relay(deployment: Deployment) -> dict[str, Any]:
     return dict(row)
 
 
+def _shown(live: Deployment, what: str) -> str:
+    """What the operator sees."""
+    argv = [sys.executable, "-m", "hypervisor_svc", "--config", str(live.folder / "streamlift.toml"), what]
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(argv, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
+
+
 @pytest.mark.parametrize("family", [4, 6])
 def test_every_byte_to_every_listener(live: Deployment, tmp_path: Path, family: int) -> None:
     """The encoder and forty listeners come through the guest's server; the host alone sends."""
@@ -115,10 +122,11 @@ def test_every_byte_to_every_listener(live: Deployment, tmp_path: Path, family: 
                     source.sendall(block)
                     time.sleep(0.01)
                 wait_for(lambda: relay(live)["bytes_in"] >= len(body), "all has come")
-                row = relay(live)
+                row, shown = relay(live), _shown(live, "relays") + _shown(live, "status")
                 source.shutdown(socket.SHUT_WR)
                 groups = found(process)
     assert groups == [{"count": count, "size": len(body), "sha256": hashlib.sha256(body).hexdigest(), "error": ""}]
+    assert all(word in shown for word in (row["relay"][:8], f" {count} ", "entries a send", f"engine {row['engine']}", "normal"))
     assert row["engine"] in (relay_engine(), "user") and row["ended"] == ""
     assert row["out"]["turns"] < row["out"]["entries"], "the latency budget made fewer sends"
     wait_for(lambda: not live.call("connections")["connections"], "all are home")
