@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 PACKET = 188
 """Bytes (section 2.4.3.2)."""
+RTP_HEADER = 12
+"""Bytes before the packets of a datagram, where there are any (RFC 2250 section 2, RFC 3550 section 5.1)."""
 SYNC_BYTE = 0x47
 _VIDEO = frozenset({0x01, 0x02, 0x10, 0x1B, 0x1E, 0x1F, 0x20, 0x21, 0x24, 0x33, 0x42, 0xD1, 0xEA})
 """Stream types (table 2-34): MPEG-1 and 2, MPEG-4, H.264 and its kin, JPEG 2000, HEVC, VVC, AVS, Dirac, VC-1."""
@@ -87,6 +89,8 @@ class SyncPoints:
     def look(self, sequence: int, payload: bytes) -> int | None:
         """The sequence number of the entry that this one proves to be a sync point, if it does."""
         found = None
+        if len(payload) % PACKET == RTP_HEADER:
+            payload = payload[RTP_HEADER:]
         for at in range(0, len(payload) - PACKET + 1, PACKET):
             if payload[at] != SYNC_BYTE:
                 break

@@ -69,6 +69,11 @@ def test_where_there_is_video_sound_is_no_place_to_begin() -> None:
     assert _sync_points([pat(), pmt(sound=True, video=False), sound, video]) == [(2, 0)]
 
 
+def test_datagrams_may_have_a_header_of_rtp() -> None:
+    key = packet(VIDEO_PID, random_access=True)
+    assert _sync_points([bytes(12) + pat() + pmt(), bytes(12) + key]) == [(1, 0)]
+
+
 @given(data=st.binary(min_size=188, max_size=188 * 4))
 def test_nonsense_is_no_error(data: bytes) -> None:
     SyncPoints().look(0, data)
