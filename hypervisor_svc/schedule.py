@@ -41,6 +41,7 @@ class Schedule:
         self._classes: dict[int, OrderedDict[Hashable, _Owner]] = {}
         self._ready: set[Task] = set()
         self._round: asyncio.Handle | None = None
+        self._taking = False
 
     def close(self) -> None:
         """Nobody gets another turn."""
@@ -57,7 +58,7 @@ class Schedule:
         level, priority = task.rank
         owners = self._classes.setdefault(level, OrderedDict())
         owners.setdefault(task.owner, _Owner()).add(task, priority)
-        if self._round is None:
+        if self._round is None and not self._taking:
             self._round = self._loop.call_soon(self._take_turns)
 
     def remove(self, task: Task) -> None:
@@ -65,14 +66,17 @@ class Schedule:
         self._ready.discard(task)
 
     def _take_turns(self) -> None:
-        self._round = None
-        for _ in range(TURNS_PER_ROUND):
-            task = self._next()
-            if task is None:
-                return
-            task.turn()
-        if self._ready and self._round is None:
-            self._round = self._loop.call_soon(self._take_turns)
+        self._round, self._taking = None, True
+        try:
+            for _ in range(TURNS_PER_ROUND):
+                task = self._next()
+                if task is None:
+                    return
+                task.turn()
+        finally:
+            self._taking = False
+            if self._ready:
+                self._round = self._loop.call_soon(self._take_turns)
 
     def _next(self) -> Task | None:
         while self._classes:
