@@ -132,7 +132,7 @@ def show_live(options: argparse.Namespace) -> int:
             product = stack.enter_context(product_on_host(folder, share))
         with stage("booting a VM with `streamlift deploy`"):
             stack.enter_context(virtual_machine(product, "--live-password", live.PASSWORD))
-        with stage(f"ffmpeg encodes for {live.SECONDS} s, {live.CLIENTS} clients watch, {live.STALLED} of them stall"):
+        with stage(f"ffmpeg encodes, {live.CLIENTS} clients watch, {live.STALLED} of them do not read for {live.STALL} s"):
             found = live.watch(product, folder)
         found.show(Console())
         if options.json:

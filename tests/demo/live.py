@@ -23,7 +23,8 @@ PASSWORD = "hackme"
 PORT, MOUNT = 8000, "/film"
 CLIENTS, STALLED, PLAYERS = 50, 5, 5
 """Clients in all; curls that stall; clients that are ffmpeg."""
-SECONDS, STALL = 32, 20
+STALL = 20
+"""Seconds."""
 ENCODE = ("-f", "lavfi", "-i", "testsrc=size=320x180:rate=25", "-f", "lavfi", "-i", "sine", "-g", "25", "-bf", "0")
 CODECS = ("-c:v", "libx264", "-preset", "ultrafast", "-b:v", "300k", "-c:a", "aac", "-f", "mpegts", "-content_type", "video/mp2t")
 
@@ -64,14 +65,14 @@ def watch(product: Product, folder: Path) -> Found:
     client = product.host.client
     target = f"icecast://source:{PASSWORD}@{ADDRESS}:{PORT}{MOUNT}"
     url = f"http://{ADDRESS}:{PORT}{MOUNT}"
-    argv = client.command("ffmpeg", "-v", "error", "-re", *ENCODE, "-t", str(SECONDS), *CODECS, target)
+    argv = client.command("ffmpeg", "-v", "error", "-re", *ENCODE, *CODECS, target)
     found = Found()
     wait_for(lambda: _is_there(client, f"http://{ADDRESS}:{PORT}/"), seconds=60, what="the live server")
     with subprocess.Popen(argv, stderr=subprocess.PIPE) as encoder:
         wait_for(lambda: _is_there(client, url), seconds=30, what="the stream")
         outputs = [folder / f"client{number}.ts" for number in range(CLIENTS)]
         watching = [_start(client, url, path, player=number < PLAYERS) for number, path in enumerate(outputs)]
-        wait_for(lambda: _relay(product).get("sink_count") == CLIENTS, seconds=30, what="all clients at the host")
+        wait_for(lambda: _relay(product).get("sink_count") == CLIENTS, seconds=90, what="all clients at the host")
         stalled = watching[-STALLED:]
         for process in stalled:
             process.send_signal(signal.SIGSTOP)
@@ -80,6 +81,7 @@ def watch(product: Product, folder: Path) -> Found:
             process.send_signal(signal.SIGCONT)
         time.sleep(2)
         found.relay = _relay(product)
+        encoder.send_signal(signal.SIGINT)  # it finishes what it has begun
         assert encoder.stderr is not None
         found.faults += [f"encoder: {line.decode().strip()}" for line in encoder.stderr]
     for process in watching:
