@@ -4,10 +4,12 @@ them stop reading for a while. What each got must decode without an error."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,24 +70,22 @@ def watch(product: Product, folder: Path) -> Found:
     argv = client.command("ffmpeg", "-v", "error", "-re", *ENCODE, *CODECS, target)
     found = Found()
     wait_for(lambda: _is_there(client, f"http://{ADDRESS}:{PORT}/"), seconds=60, what="the live server")
-    with subprocess.Popen(argv, stderr=subprocess.PIPE) as encoder:
+    outputs = [folder / f"client{number}.ts" for number in range(CLIENTS)]
+    with contextlib.ExitStack() as stack:
+        encoder = stack.enter_context(_ended(subprocess.Popen(argv, stderr=subprocess.PIPE)))
         wait_for(lambda: _is_there(client, url), seconds=30, what="the stream")
-        outputs = [folder / f"client{number}.ts" for number in range(CLIENTS)]
-        watching = [_start(client, url, path, player=number < PLAYERS) for number, path in enumerate(outputs)]
+        watching = [stack.enter_context(_ended(_start(client, url, path, number))) for number, path in enumerate(outputs)]
         wait_for(lambda: _relay(product).get("sink_count") == CLIENTS, seconds=90, what="all clients at the host")
-        stalled = watching[-STALLED:]
-        for process in stalled:
-            process.send_signal(signal.SIGSTOP)
-        time.sleep(STALL)
-        for process in stalled:
-            process.send_signal(signal.SIGCONT)
-        time.sleep(2)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in watching[-STALLED:]:
+                process.send_signal(number)
+            time.sleep(STALL if number == signal.SIGSTOP else 2)
         found.relay = _relay(product)
         encoder.send_signal(signal.SIGINT)  # it finishes what it has begun
         assert encoder.stderr is not None
         found.faults += [f"encoder: {line.decode().strip()}" for line in encoder.stderr]
-    for process in watching:
-        process.wait(30)
+        for process in watching:
+            process.wait(30)
     for path in outputs:
         frames, words = _decode(path)
         found.frames.append(frames)
@@ -94,9 +94,19 @@ def watch(product: Product, folder: Path) -> Found:
     return found
 
 
-def _start(client: Any, url: str, path: Path, *, player: bool) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """However the block ends."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _start(client: Any, url: str, path: Path, number: int) -> subprocess.Popen[bytes]:
     argv = ["curl", "-s", "-o", str(path), url]
-    if player:
+    if number < PLAYERS:
         argv = ["ffmpeg", "-v", "quiet", "-i", url, "-c", "copy", "-f", "mpegts", str(path)]
     return subprocess.Popen(client.command(*argv))
 
