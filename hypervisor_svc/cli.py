@@ -269,23 +269,26 @@ def _module_errors() -> Iterator[None]:
 
 @module_app.command("build")
 def module_build(
+    names: Annotated[list[str] | None, typer.Argument(help="Which; default: all.", metavar="[NAME]...")] = None,
     headers: Annotated[Path | None, typer.Option(help="Kernel headers; default: those of the running kernel.")] = None,
 ) -> None:
     """Build the modules for the running kernel and install them."""
     from hypervisor_svc import module
 
     with _module_errors():
-        made = module.build(headers)
+        made = module.build(headers, names or module.NAMES)
         typer.echo(f"built {', '.join(map(str, made))}; next: streamlift module load")
 
 
 @module_app.command("load")
-def module_load() -> None:
+def module_load(
+    names: Annotated[list[str] | None, typer.Argument(help="Which; default: all.", metavar="[NAME]...")] = None,
+) -> None:
     """Load the modules; a service that starts after this uses them."""
     from hypervisor_svc import module
 
     with _module_errors():
-        module.load()
+        module.load(names or module.NAMES)
         typer.echo("\n".join(f"{facts['module']}: {facts['why']}" for facts in module.status()))
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,15 @@ def built(name: str, release: str | None = None) -> Path:
     return Path("/lib/modules") / (release or platform.release()) / "updates" / f"{name}.ko"
 
 
-def build(headers: Path | None = None) -> list[Path]:
-    """Build the modules against `headers` (default: those of the running kernel), install them and run depmod. Raises
-    ModuleError."""
+def build(headers: Path | None = None, names: Sequence[str] = NAMES) -> list[Path]:
+    """Build modules against `headers` (default: those of the running kernel), install them and run depmod. Raises ModuleError."""
+    _check(names)
     headers = headers or Path("/lib/modules") / platform.release() / "build"
     if not (headers / "Makefile").exists():
         raise ModuleError(f"no kernel headers at {headers}", f"apt-get install linux-headers-{platform.release()}")
     if not SOURCES.exists():
         raise ModuleError(f"the modules' sources are not here ({SOURCES})", "run ./run streamlift module build in a checkout")
-    made = [_build(name, headers) for name in NAMES]
+    made = [_build(name, headers) for name in names]
     _run("depmod")
     return made
 
@@ -50,21 +51,28 @@ def _build(name: str, headers: Path) -> Path:
     work = Path("/var/lib/streamlift/module") / name
     shutil.rmtree(work, ignore_errors=True)
     copy_sources(SOURCES / name, work)
-    _run("make", "-s", "-C", str(work), f"KDIR={headers}")
+    _run("make", "-s", f"-j{os.cpu_count() or 1}", "-C", str(work), f"KDIR={headers}")
     target = built(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(work / target.name, target)
     return target
 
 
-def load() -> None:
+def load(names: Sequence[str] = NAMES) -> None:
     """modprobe. Raises ModuleError: not built, of another kernel, refused by lockdown or a signature policy."""
-    for name in NAMES:
+    _check(names)
+    for name in names:
         try:
             _run("modprobe", name)
         except ModuleError as error:
             hint = "it has to be signed where Secure Boot is on" if built(name).exists() else "streamlift module build"
             raise ModuleError(str(error), hint) from None
+
+
+def _check(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in NAMES:
+            raise ModuleError(f"there is no module {name!r}", f"there are: {', '.join(NAMES)}")
 
 
 def status() -> list[dict[str, Any]]:

@@ -82,6 +82,7 @@ def test_the_module_is_explained_where_there_is_none(tmp_path: Path) -> None:
     result = invoke("module", "build", "--headers", str(tmp_path))
     assert result.exit_code == 1
     assert "apt-get install linux-headers-" in result.output
+    assert "there are: socket_offload, omss" in invoke("module", "load", "nonsense").output
 
 
 @contextmanager
