@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import socket
 import statistics
 import subprocess
@@ -92,6 +93,7 @@ def line(count: int, *, udp: bool) -> Iterator[Line]:
             near.append(sender)
             far.append(receiver)
     first = 10_000
+    _allow_descriptors(first + 2 * count + 100)
     for at, sock in enumerate([*near, *far]):
         os.dup2(sock.fileno(), first + at)
         os.set_inheritable(first + at, True)
@@ -102,6 +104,12 @@ def line(count: int, *, udp: bool) -> Iterator[Line]:
             os.close(first + at)
         for sock in [*near, *far]:
             sock.close()
+
+
+def _allow_descriptors(wanted: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(wanted, hard)))
 
 
 @contextlib.contextmanager

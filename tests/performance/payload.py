@@ -24,7 +24,7 @@ from tests.performance.relays import spliced
 PIECE = fanout.PIECE
 CAVEAT = (
     "instructions, not time: a cache miss costs as much as an addition, and QEMU counts each byte or word of a copy; "
-    "loopback: receiving is part of each send, in all columns"
+    "UDP leaves by a card that throws it away; TCP's receiving half is part of each send, in all columns"
 )
 
 

@@ -2,8 +2,10 @@
 """Inside a VM whose clock counts instructions: what one piece for one sink costs, by the thesis's daemon, by the module with the
 payload copied for each sink (OMSS-M) and with its pages shared (OMSS), and by the `user` engine.
 
-Pieces come one at a time and nobody reads: what is counted is all that the processor ran (/proc/schedstat), idle time left out,
-by pieces and sinks. Outside: `measure(...)`; inside: this file as a program, with `--inside`."""
+Pieces come one at a time: what is counted is all that the processor ran (/proc/schedstat), idle time left out, by pieces and
+sinks. Datagrams leave by a network card that throws them away (a dummy device), as the thesis's left its relay: no receiver is
+in the figures. TCP needs one that answers: its sinks are on loopback, nobody reads, and the receiving half is in all columns.
+Outside: `measure(...)`; inside: this file as a program, with `--inside`."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -21,7 +24,7 @@ from typing import Any
 
 from hypervisor_svc import omss
 from tests.performance import counted
-from tests.performance.fanout import line, source, start
+from tests.performance.fanout import Line, line, source, start
 
 SIDES = ("daemon", "OMSS-M", "OMSS", "user")
 SINKS, PIECES, WARM_UP = 100, 20, 3
@@ -69,18 +72,42 @@ def relay(side: str, daemon: str, near: Any, relay_end: socket.socket) -> Iterat
         process.communicate()
 
 
+@contextlib.contextmanager
+def card(count: int) -> Iterator[Line]:
+    """UDP sinks beyond a network card that throws away what it sends."""
+    near = []
+    for number in range(count):
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.connect((f"10.99.{1 + number // 200}.{1 + number % 200}", 5000))
+        near.append(sock)
+    first = 10_000
+    for at, sock in enumerate(near):
+        os.dup2(sock.fileno(), first + at)
+        os.set_inheritable(first + at, True)
+    try:
+        yield Line(first, first, count, near)
+    finally:
+        for at, sock in enumerate(near):
+            os.close(first + at)
+            sock.close()
+
+
 def one(daemon: str, side: str, protocol: str, size: int) -> dict[str, Any]:
     """One row."""
     udp = protocol == "udp"
-    with line(SINKS, udp=udp) as made, source(udp=udp) as (encoder, relay_end):
+    with card(SINKS) if udp else line(SINKS, udp=False) as made, source(udp=udp) as (encoder, relay_end):
         for sock in made.sockets[SINKS:]:
             sock.setsockopt(socket.SOL_SOCKET, 33, 1 << 20)  # SO_RCVBUFFORCE: nobody reads
+        gone = _left_the_card()
         with relay(side, daemon, made, relay_end):
             _feed(encoder, size, WARM_UP)
             before = ran()
             _feed(encoder, size, PIECES)
             spent = ran() - before
-            whole = [_received(sock, udp=udp) for sock in made.sockets[SINKS:]]
+            whole = [_waiting(sock) for sock in made.sockets[SINKS:]]
+    if udp:
+        fragments = -(-(size + 8) // 1480)
+        whole = [(_left_the_card() - gone) // fragments * size // SINKS]
     expected = (WARM_UP + PIECES) * size
     if set(whole) != {expected}:
         raise RuntimeError(f"{side}, {protocol}, {size} bytes: sinks got {min(whole)} to {max(whole)} of {expected} bytes")
@@ -93,22 +120,24 @@ def _feed(encoder: socket.socket, size: int, pieces: int) -> None:
         time.sleep(PAUSE)
 
 
-def _received(sock: socket.socket, *, udp: bool) -> int:
-    """Bytes that wait in a socket."""
-    if not udp:
-        return int.from_bytes(fcntl.ioctl(sock.fileno(), _FIONREAD, b"\0\0\0\0"), "little")
-    total = 0
-    sock.setblocking(False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            total += len(sock.recv(65536))
-    return total
+def _waiting(sock: socket.socket) -> int:
+    """Bytes that wait in a TCP socket."""
+    return int.from_bytes(fcntl.ioctl(sock.fileno(), _FIONREAD, b"\0\0\0\0"), "little")
+
+
+def _left_the_card() -> int:
+    """Packets."""
+    return int(Path("/sys/class/net/card0/statistics/tx_packets").read_text())
 
 
 def main() -> None:
     _, _, daemon, cases = sys.argv
-    subprocess.run(["sysctl", "-q", "-w", "net.core.rmem_max=8388608", "kernel.sched_schedstats=1"], check=False)
-    os.environ["PYTHONHASHSEED"] = "0"
+    subprocess.run(["sysctl", "-q", "-w", "kernel.sched_schedstats=1"], check=False)
+    subprocess.run(["ip", "link", "add", "card0", "type", "dummy"], check=True)
+    subprocess.run(["sysctl", "-q", "-w", "net.ipv6.conf.card0.disable_ipv6=1"], check=True)  # it would speak by itself
+    for words in ("address add 10.99.0.1/16 dev card0", "link set card0 multicast off up"):
+        subprocess.run(["ip", *words.split()], check=True)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (65536, 65536))
     counted.tell({"rows": [one(daemon, *case) for case in json.loads(cases)]})
 
 
