@@ -103,7 +103,7 @@ class Applications:
             self._dispatch(client, request, fds)
         except HandoffError as error:
             client.answer(number, Outcome("local", 0, error.reason, str(error)))
-        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
             client.answer(number, Outcome("local", 0, Reason.BAD_REQUEST, f"request: {error!r}"))
         finally:
             for fd in fds:
@@ -136,12 +136,18 @@ class Applications:
             plan = {"source": source}
         else:
             raise ValueError(f"source {source!r} is none of file, udp, connection")
-        answer, finish = client.answers(number)
-        self._relays.publish(token, plan, options, owner=client, answer=answer, finish=finish)
+        transfer = None
         if source == "connection":
             sink = {"join": "latest", "on_lag": "head_drop", "lag_soft": 0, "lag_hard_ms": 0, "begin": None}
             transfer = self._joining(client, request, fds, token, "source", {"priority": request["priority"], **sink})
-            transfer.token = request["source_token"]
+        answer, finish = client.answers(number)
+        try:
+            self._relays.publish(token, plan, options, owner=client, answer=answer, finish=finish)
+        except BaseException:
+            if transfer is not None:
+                transfer.sock.close()
+            raise
+        if transfer is not None:
             self._transfers.begin(client.adopt(transfer))
 
     def _add_sink(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:

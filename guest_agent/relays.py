@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from guest_agent.hand_out import Outcome, Send, Transfer
-from guest_agent.handoff.errors import HandoffError, HostError, NotMovable, Reason
+from guest_agent.handoff.errors import GuestError, HostError, NotMovable, Reason
 from guest_agent.handoff.snapshot import Snapshot
 from guest_agent.handoff.wire import Header
 from guest_agent.share import SharedFile
@@ -89,6 +89,8 @@ class Relays:
         end, unless the source is a connection: then that comes home. Raises HandoffError."""
         if not self._is_up():
             raise NotMovable(Reason.HOST_AWAY, "the host's service does not answer")
+        if token in self._open:
+            raise GuestError(Reason.DUPLICATE, "a relay with this token is open")
         by_source = source["source"] == "connection"
         self._open[token] = _Asked(owner, answer, finish, by_source)
         plan = {"path": "", "inode": 0, "offset": 0, "port": 0, **source, **options}
@@ -237,9 +239,3 @@ def _reason(header: Header) -> Reason:
         return Reason(header.get("reason"))
     except ValueError:
         return Reason.BAD_REQUEST
-
-
-def refuse(error: HandoffError | OSError) -> Outcome:
-    """What an application is told of a request that nobody took."""
-    reason = error.reason if isinstance(error, HandoffError) else Reason.NOT_ESTABLISHED
-    return Outcome("local", 0, reason, str(error), error.errno or 0)

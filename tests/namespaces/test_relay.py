@@ -425,3 +425,44 @@ def test_a_client_that_comes_and_goes_has_no_gap(live: Deployment, share: Path) 
     assert all(len(part) % 188 == 0 for part in parts[:-1]) and sum(bool(part) for part in parts) > 2
     assert [ending["sent"] for ending in seen["endings"]] == [len(part) for part in parts[:-1]]
     assert seen["heard"] == "hello, while it is out"
+
+
+RING = {"framing": "raw", "ring_entries": 64, "entry_bytes": 4096, "budget_ms": 0, "max_sinks": 10}
+SINK = {"priority": "normal", "join": "latest", "on_lag": "head_drop", "lag_soft": 0, "lag_hard_ms": 0, "begin": None}
+TOKEN = "0123456789abcdef" * 2
+NONSENSE: list[tuple[dict[str, Any], str]] = [
+    ({"op": "publish"}, "bad_request"),
+    ({"op": "publish", "token": TOKEN, "source": "file", "offset": 0, **RING}, "bad_request"),
+    ({"op": "publish", "token": TOKEN, "source": [], **RING}, "bad_request"),
+    ({"op": "publish", "token": TOKEN, "source": "connection", **RING}, "bad_request"),
+    ({"op": "publish", "token": TOKEN, "source": "udp", "port": 7000, **RING}, "foreign_address"),
+    ({"op": "publish", "token": TOKEN[1:], "source": "udp", "port": 9, **RING}, "bad_request"),
+    ({"op": "publish", "token": "f" * 32, "source": "udp", "port": 9, **RING, "framing": {}}, "bad_request"),
+    ({"op": "add_sink", "token": TOKEN, "relay": TOKEN, **SINK}, "bad_request"),
+    ({"op": "add_udp", "token": TOKEN, "relay": TOKEN, **SINK}, "bad_request"),
+    ({"op": "remove_sink", "token": TOKEN}, "bad_request"),
+    ({"op": "relay_status", "relay": 7}, "bad_request"),
+    ({"op": "close_relay"}, "bad_request"),
+]
+
+
+def test_an_application_that_speaks_nonsense(live: Deployment) -> None:
+    """Each is answered, and harms nobody else's relay."""
+    with encoder(live.network, "/radio") as source, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        wait_for(lambda: _mounts(live), "the mount")
+        door.settimeout(10)
+        door.connect(str(live.folder / "agent.sock"))
+        door.recv(1 << 16)
+        for number, (request, reason) in enumerate(NONSENSE):
+            door.send(json.dumps({"v": 1, "id": number, **request}).encode())
+            answer = json.loads(door.recv(1 << 16))
+            assert (answer["id"], answer["outcome"], answer["reason"]) == (number, "local", reason), request
+        door.send(json.dumps({"v": 1, "id": 99, "op": "relay_status", "relay": TOKEN}).encode())
+        assert json.loads(door.recv(1 << 16)) == {"v": 1, "id": 99, "relay_status": None}
+        with listeners(live, "/radio", 3, begin=BEGIN) as process:
+            wait_for(lambda: relay(live)["sink_count"] == 3, "all are sinks")
+            body = BEGIN.encode() + os.urandom(10_000)
+            source.sendall(body)
+            source.shutdown(socket.SHUT_WR)
+            groups = found(process)
+    assert groups == [{"count": 3, "size": len(body), "sha256": hashlib.sha256(body).hexdigest(), "error": ""}]
