@@ -62,10 +62,16 @@ class BridgedRedirect:
         is not touched. If there is no such bridge, the VM's flows will be refused."""
         for address in addresses:
             self._addresses[address] = bridge
+        if bridge is None:
+            self._inner.place_routed(addresses)
         if bridge is not None and bridge not in self._flows:
             self._flows[bridge] = FlowSet(f"flows_{len(self._flows)}_", family=flow_set.BRIDGE)
             with contextlib.suppress(HostError):  # `redirect` tries again, and says what is wrong
                 self._load()
+
+    def place_routed(self, addresses: Iterable[str]) -> None:
+        """See `Redirect`."""
+        self.place(addresses, None)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -22,8 +23,19 @@ SOCKET_MARK = MARK | 1
 
 _RULES = f"""
 table inet streamlift {{
+    set guests4 {{
+        type ipv4_addr
+    }}
+    set guests6 {{
+        type ipv6_addr
+    }}
     chain nat {{
         type nat hook postrouting priority srcnat; policy accept; comment "its presence makes the kernel apply mappings"
+    }}
+    chain stray {{
+        type filter hook postrouting priority srcnat + 10; policy accept;
+        ip saddr @guests4 ct status snat drop comment "sent before its flow was redirected: another source port was made for it"
+        ip6 saddr @guests6 ct status snat drop
     }}
     chain input {{
         type filter hook input priority filter - 10; policy accept;
@@ -66,6 +78,10 @@ class Redirect(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+    def place_routed(self, addresses: Iterable[str]) -> None:
+        """These are a routed VM's own."""
+        ...
 
     def bind_address(self, flow: Flow) -> Endpoint:
         """Where the host's socket for this flow binds; reserved until `unredirect` or `release`."""
@@ -137,6 +153,7 @@ class NatRedirect:
         self._reserved: dict[tuple[Endpoint, Endpoint], Flow] = {}
         self._redirected: dict[Flow, Endpoint] = {}
         self._conntrack = Conntrack()
+        self._placed: set[str] = set()
 
     def __enter__(self) -> Self:
         try:
@@ -153,6 +170,15 @@ class NatRedirect:
         what is in their queues, with the guest's address. They expire with the connection."""
         self._conntrack.close()
         delete_table("inet streamlift")
+
+    def place_routed(self, addresses: Iterable[str]) -> None:
+        """What a guest sent last may pass after its flow was redirected, because it waited in a queue. Its tuple is taken then: the
+        kernel would give it another source port (nf_nat_core.c, get_unique_tuple), and the client would answer with a RST. It is
+        dropped, and the host sends it again."""
+        for address in set(addresses) - self._placed:
+            name = "guests6" if ":" in address else "guests4"
+            run_nft(f"add element inet streamlift {name} {{ {address} }}\n")
+            self._placed.add(address)
 
     def bind_address(self, flow: Flow) -> Endpoint:
         """The ports are taken in turn, so that a socket that is still being closed is rarely in the way of the next."""

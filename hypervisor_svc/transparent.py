@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -81,6 +81,9 @@ class TransparentRedirect:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._undo.close()
+
+    def place_routed(self, addresses: Iterable[str]) -> None:
+        """Nothing is translated here: what a guest sent before passes as it is."""
 
     def bind_address(self, flow: Flow) -> Endpoint:
         """The guest's own, as a new object: it tells this reservation from an earlier one of the same flow."""

@@ -271,6 +271,23 @@ def test_a_guest_cannot_reset_what_the_host_owns(trip: Trip, flags: int) -> None
     trip.home()
 
 
+@pytest.mark.parametrize("network", ["routed"], indirect=True)
+@pytest.mark.parametrize("redirect", ["nat"], indirect=True)
+def test_what_the_guest_sent_before_comes_late(trip: Trip) -> None:
+    """Its tuple is taken: it must not get another source port, to which the client answers with a RST that ends the connection."""
+    with trip.network.host.entered():
+        trip.redirect.place_routed(trip.network.guest_address.values())
+    host = trip.out()
+    freeze(host, trip.keep)
+    snapshot = extract(host)
+    thaw(host)
+    with captured(trip.network.client, trip.flow.client.port) as came:
+        speak_as_guest(trip, 16, snapshot.send_next, snapshot.receive_next)
+    assert came == []
+    trip.exchange(host)
+    trip.home()
+
+
 def test_a_close_of_the_host_ends_the_connection_in_order(trip: Trip) -> None:
     host = trip.out()
     host.sendall(b"last")
@@ -280,7 +297,7 @@ def test_a_close_of_the_host_ends_the_connection_in_order(trip: Trip) -> None:
     assert trip.client.recv(1) == b""
     with captured(trip.network.client, trip.flow.server.port) as packets:
         trip.client.close()
-        time.sleep(0.1)
+        time.sleep(0.5)
     assert not [flags for _, flags in packets if flags & _RST]
     assert [flags for from_server, flags in packets if from_server], "TIME_WAIT acknowledges the client's FIN"
 
