@@ -25,17 +25,16 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import GuestError, HostError, Reason
 from hypervisor_svc.connection import Connection, Guest
 from hypervisor_svc.policy import RelayJob, RelayPlan, UdpJob, open_file
-from hypervisor_svc.splice import Counts, Engine, FileSource, Left, Parting, Session, Source
+from hypervisor_svc.splice import MAX_ENTRY_BYTES, Counts, Engine, FileSource, Left, Parting, Session, Source
 from hypervisor_svc.splice_omss import OmssEngine
 from hypervisor_svc.splice_user import UserEngine
 
 log = logging.getLogger("streamlift.relay")
 
-_IP_TRANSPARENT, _IPV6_TRANSPARENT = 19, 75
-_REUSE = 1
 _GONE = {Left.PEER_GONE: Reason.PEER_GONE, Left.LAGGED: Reason.LAGGED}
 
 
@@ -86,8 +85,10 @@ class Relay:
 
     @property
     def ring_bytes(self) -> int:
-        """The most that its ring may keep."""
-        return self.plan.options.ring_entries * self.plan.options.entry_bytes if self.plan.source != "file" else 0
+        """The most that its ring may keep: a file's bytes are in the page cache, and a datagram has the size that it has."""
+        options = self.plan.options
+        largest = {"file": 0, "udp": MAX_ENTRY_BYTES, "connection": options.entry_bytes}[self.plan.source]
+        return options.ring_entries * largest
 
 
 class Relays:
@@ -231,18 +232,16 @@ class Relays:
         job = connection.job
         assert isinstance(job, RelayJob) and connection.sock is not None
         relay = self.check(connection.guest, job)
-        connection.relay = relay
         if job.role == "source":
-            relay.source = connection
             self._begin(relay, connection.sock)
+            relay.source, connection.relay = connection, relay
             return
         assert relay.session is not None
         try:
             connection.sink = relay.session.add_sink(connection.sock, job.options, partial(self._left, relay))
         except (ValueError, OverflowError) as error:
-            connection.relay = None
             raise _not_a_sink(error) from None
-        relay.sinks[connection.sink] = connection
+        relay.sinks[connection.sink], connection.relay = connection, relay
 
     def release(self, connection: Connection) -> None:
         """Out of its relay, at an entry's end; idempotent. What it got is `Connection.sent`. A source leaves its relay ended."""
@@ -394,9 +393,9 @@ def _as_guest(job: UdpJob) -> socket.socket:
     six = ":" in job.local.address
     sock = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_DGRAM)
     try:
-        option = (socket.IPPROTO_IPV6, _IPV6_TRANSPARENT) if six else (socket.IPPROTO_IP, _IP_TRANSPARENT)
+        option = (socket.IPPROTO_IPV6, kernel.IPV6_TRANSPARENT) if six else (socket.IPPROTO_IP, kernel.IP_TRANSPARENT)
         sock.setsockopt(*option, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, _REUSE)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(tuple(job.local))
         sock.connect(tuple(job.peer))
     except BaseException:

@@ -135,7 +135,6 @@ class SessionStatus:
     tail: int
     sinks: int
     bytes_in: int
-    entries_in: int
     counts: Counts
     source_dropped: dict[str, int] = field(default_factory=dict)
 

@@ -15,11 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hypervisor_svc import omss
-from hypervisor_svc.ring import Join, OnLag
+from hypervisor_svc.ring import OnLag
 from hypervisor_svc.splice import (
     Counts,
     FileSource,
-    Framing,
     Left,
     OnLeft,
     Parting,
@@ -34,13 +33,6 @@ from hypervisor_svc.splice import (
 LOOK_INTERVAL = 0.1
 """Seconds between two looks at a session."""
 HALT_TRIES = 50
-_FRAMINGS = {Framing.RAW: omss.Framing.RAW, Framing.MPEGTS: omss.Framing.MPEGTS}
-_JOINS = {Join.LATEST: omss.Join.LATEST, Join.OLDEST: omss.Join.OLDEST, Join.NEXT_SYNC: omss.Join.NEXT_SYNC}
-_LAGS = {
-    OnLag.HEAD_DROP: omss.OnLag.HEAD_DROP,
-    OnLag.DROP_TO_SYNC: omss.OnLag.DROP_TO_SYNC,
-    OnLag.DISCONNECT: omss.OnLag.DISCONNECT,
-}
 
 
 class OmssEngine:
@@ -77,7 +69,7 @@ class OmssEngine:
         return OmssSession(self, source, options, level=level, on_end=on_end)
 
     def watch(self, session: OmssSession, sink: int, sock: socket.socket) -> None:
-        """Tell the session when a sink's connection died."""
+        """Tell the session when a sink's connection died. What ICMP says of a UDP sink the module hears itself."""
         self._sinks[sock.fileno()] = session, sink
         self._epoll.register(sock.fileno(), select.EPOLLET)
 
@@ -115,7 +107,7 @@ class OmssSession:
         self._last: SessionStatus | None = None
         self._id = omss.set_source(
             source,
-            framing=_FRAMINGS[options.framing],
+            framing=omss.Framing[options.framing.name],
             ring=options.ring_entries,
             entry=options.entry_bytes,
             latency=options.budget_ms,
@@ -138,9 +130,9 @@ class OmssSession:
                 sock,
                 session=self._id,
                 service_class=self._class(options.priority),
-                join=_JOINS[options.join] if options.begin is None else omss.Join.FROM,
+                join=omss.Join[options.join.name] if options.begin is None else omss.Join.FROM,
                 begin=options.begin or 0,
-                on_lag=_LAGS[options.on_lag],
+                on_lag=omss.OnLag[options.on_lag.name],
                 lag_soft=options.lag_soft,
                 lag_hard=options.lag_hard_ms,
             )
@@ -149,17 +141,17 @@ class OmssSession:
                 raise OverflowError(str(error)) from None
             raise ValueError(str(error)) from None
         self._members[number] = _Member(sock, options, on_left)
-        self._engine.watch(self, number, sock)
+        if sock.type == socket.SOCK_STREAM:
+            self._engine.watch(self, number, sock)
         return number
 
     def remove_sink(self, sink: int) -> Parting:
         """See `splice.Session`."""
-        member = self._members.pop(sink)
-        self._engine.unwatch(member.sock)
-        return self._part(sink)
+        return self._part(sink, self._members.pop(sink))
 
-    def _part(self, sink: int) -> Parting:
+    def _part(self, sink: int, member: _Member) -> Parting:
         """A sink halts, is asked once more what it got, and leaves."""
+        self._engine.unwatch(member.sock)
         for _ in range(HALT_TRIES):
             try:
                 omss.halt_sink(self._source, sink, session=self._id)
@@ -169,32 +161,23 @@ class OmssSession:
                     break
         counts, left, cursor = Counts(), 0, None
         with contextlib.suppress(OSError):
-            found = self._find(sink)
+            found = omss.sink_status(member.sock)
             counts, left = _counts(found.sent), found.left
             cursor = None if found.state is omss.SinkState.WAITING else found.cursor
         with contextlib.suppress(OSError):
             omss.remove_sink(self._source, sink, session=self._id)
         return Parting(cursor, left, counts)
 
-    def _find(self, sink: int) -> omss.SinkStatus:
-        for found in omss.sinks(self._source, self._id):
-            if found.id == sink:
-                return found
-        raise OSError(errno.ENOENT, "the sink has left the session")
-
     def look_at(self, sink: int) -> None:
-        """Its connection died, perhaps."""
+        """Its connection died."""
         member = self._members.get(sink)
-        if member is None:
-            return
-        error = member.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if member.sock.type == socket.SOCK_STREAM:
+        if member is not None:
+            error = member.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             self._leave(sink, Left.PEER_GONE, error or errno.ECONNRESET)
 
     def _leave(self, sink: int, why: Left, number: int = 0) -> None:
         member = self._members.pop(sink)
-        self._engine.unwatch(member.sock)
-        member.on_left(sink, why, number, self._part(sink))
+        member.on_left(sink, why, number, self._part(sink, member))
 
     def _look(self) -> None:
         """What nobody told us."""
@@ -237,12 +220,12 @@ class OmssSession:
         except OSError:
             if self._last is not None:
                 return self._last
-            return SessionStatus("omss", True, 0, 0, 0, 0, 0, Counts())
+            return SessionStatus("omss", True, 0, 0, 0, 0, Counts())
         lost = {"memory": now.dropped.memory, "framing": now.dropped.framing, "size": now.dropped.size}
         dropped = {reason: count for reason, count in lost.items() if count}
         sinks = len(self._members)
         sent = _counts(now.sent)
-        return SessionStatus("omss", self._ended, now.head, now.tail, sinks, now.received, now.head, sent, dropped)
+        return SessionStatus("omss", self._ended, now.head, now.tail, sinks, now.received, sent, dropped)
 
     def sinks(self) -> list[SinkStatus]:
         """See `splice.Session`."""
@@ -256,10 +239,8 @@ class OmssSession:
         if self._closed:
             return
         self._ended = True
-        for sink, member in list(self._members.items()):
-            self._engine.unwatch(member.sock)
-            self._part(sink)
-        self._members.clear()
+        while self._members:
+            self._part(*self._members.popitem())
         self._stop()
 
     def _stop(self) -> None:

@@ -251,7 +251,6 @@ class UserSession:
             tail=self.ring.tail,
             sinks=len(self._sinks),
             bytes_in=self._bytes_in,
-            entries_in=self.ring.head,
             counts=counts,
             source_dropped=self._source.dropped(),
         )
