@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import struct
-import subprocess
 from dataclasses import fields
 from pathlib import Path
 
-import pytest
-
 from hypervisor_svc import omss
+from tests.host_module.header import compiled
 
 HEADER = Path(__file__).resolve().parents[3] / "host_module" / "omss" / "uapi" / "omss.h"
 TEXT = HEADER.read_text(encoding="utf-8")
@@ -40,17 +36,6 @@ ENUMS = {
 }
 
 
-def compiled(tmp_path: Path, expressions: list[str]) -> list[int]:
-    """The values of C expressions over the header."""
-    if os.geteuid() != 0 and not shutil.which("gcc"):
-        pytest.skip("no gcc: sudo ./run test installs it")
-    lines = "".join(f'printf("%lu\\n", (unsigned long)({expression}));' for expression in expressions)
-    source = f'#include <stddef.h>\n#include <stdio.h>\n#include "{HEADER}"\nint main(void) {{ {lines} return 0; }}\n'
-    (tmp_path / "numbers.c").write_text(source, encoding="ascii")
-    subprocess.run(["gcc", "-Wall", "-Werror", "-o", tmp_path / "numbers", tmp_path / "numbers.c"], check=True)
-    return [int(word) for word in subprocess.run([tmp_path / "numbers"], capture_output=True, check=True).stdout.split()]
-
-
 def members(name: str) -> list[str]:
     """The fields of a structure, in its order."""
     body = TEXT.split(f"struct omss_{name} {{")[1].split("};")[0]
@@ -59,20 +44,20 @@ def members(name: str) -> list[str]:
 
 def test_numbers(tmp_path: Path) -> None:
     names = sorted(NUMBERS)
-    for name, value in zip(names, compiled(tmp_path, [f"OMSS_{name}" for name in names]), strict=True):
+    for name, value in zip(names, compiled(HEADER, tmp_path, [f"OMSS_{name}" for name in names]), strict=True):
         assert getattr(omss, name) == value, name
 
 
 def test_enumerations(tmp_path: Path) -> None:
     for kind, names in ENUMS.items():
         assert {one.name for one in kind} == set(names)
-        assert [kind[name].value for name in names] == compiled(tmp_path, [f"OMSS_{name}" for name in names])
+        assert [kind[name].value for name in names] == compiled(HEADER, tmp_path, [f"OMSS_{name}" for name in names])
     states = list(omss.SinkState)
-    assert [state.value for state in states] == compiled(tmp_path, [f"OMSS_SINK_{state.name}" for state in states])
+    assert [state.value for state in states] == compiled(HEADER, tmp_path, [f"OMSS_SINK_{state.name}" for state in states])
 
 
 def test_sizes(tmp_path: Path) -> None:
-    sizes = compiled(tmp_path, [f"sizeof(struct omss_{name})" for name in STRUCTS])
+    sizes = compiled(HEADER, tmp_path, [f"sizeof(struct omss_{name})" for name in STRUCTS])
     assert sizes == [layout.size for layout in STRUCTS.values()]
 
 
@@ -80,7 +65,7 @@ def test_no_structure_has_a_hole(tmp_path: Path) -> None:
     """Python packs them without padding."""
     for name in STRUCTS:
         total = " + ".join(f"sizeof(((struct omss_{name} *)0)->{field})" for field in members(name))
-        assert compiled(tmp_path, [total, f"sizeof(struct omss_{name})"])[0] == STRUCTS[name].size, name
+        assert compiled(HEADER, tmp_path, [total, f"sizeof(struct omss_{name})"])[0] == STRUCTS[name].size, name
 
 
 def test_what_python_reads_by_position_has_the_order_of_the_header() -> None:
@@ -98,8 +83,8 @@ def test_hello_has_the_sizes_in_the_order_in_which_they_are_checked() -> None:
 
 def test_every_reason_for_a_drop_has_a_name(tmp_path: Path) -> None:
     names = [one.name for one in fields(omss.Drops)]
-    assert compiled(tmp_path, [f"OMSS_DROP_{name.upper()}" for name in names]) == list(range(len(names)))
-    assert compiled(tmp_path, ["OMSS_DROPS"])[0] >= len(names)
+    assert compiled(HEADER, tmp_path, [f"OMSS_DROP_{name.upper()}" for name in names]) == list(range(len(names)))
+    assert compiled(HEADER, tmp_path, ["OMSS_DROPS"])[0] >= len(names)
 
 
 def test_option_numbers_are_nobody_elses() -> None:

@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import struct
-import subprocess
 from dataclasses import fields
 from pathlib import Path
-
-import pytest
 
 from guest_agent.handoff import socket_offload
 from guest_agent.handoff.snapshot import MAX_QUEUE, MAX_SEGMENTS, Options
 from guest_agent.handoff.warm import PRIVATE_SIZE, Warm
+from tests.host_module.header import compiled
 
 HEADER = Path(__file__).resolve().parents[3] / "host_module" / "socket_offload" / "uapi" / "socket_offload.h"
 TEXT = HEADER.read_text(encoding="utf-8")
@@ -24,36 +20,26 @@ NUMBERS |= {"TIMESTAMPS", "USEC_TS", "MAPPED", "FIN_UNSENT", "FIN_READ", "WARM",
 STRUCTS = {name: f"_{name.upper()}" for name in ("handshake", "export", "import", "thaw", "warm", "segment")}
 
 
-def compiled(tmp_path: Path, expressions: list[str]) -> list[int]:
-    """The values of C expressions over the header."""
-    if os.geteuid() != 0 and not shutil.which("gcc"):
-        pytest.skip("no gcc: sudo ./run test installs it")
-    lines = "".join(f'printf("%lu\\n", (unsigned long)({expression}));' for expression in expressions)
-    source = f'#include <stddef.h>\n#include <stdio.h>\n#include "{HEADER}"\nint main(void) {{ {lines} return 0; }}\n'
-    (tmp_path / "numbers.c").write_text(source, encoding="ascii")
-    subprocess.run(["gcc", "-Wall", "-Werror", "-o", tmp_path / "numbers", tmp_path / "numbers.c"], check=True)
-    return [int(word) for word in subprocess.run([tmp_path / "numbers"], capture_output=True, check=True).stdout.split()]
-
-
 def test_numbers(tmp_path: Path) -> None:
     names = sorted(NUMBERS)
-    for name, value in zip(names, compiled(tmp_path, [f"SKOFF_{name}" for name in names]), strict=True):
+    for name, value in zip(names, compiled(HEADER, tmp_path, [f"SKOFF_{name}" for name in names]), strict=True):
         assert getattr(socket_offload, name) == value, name
 
 
 def test_sizes_and_offsets(tmp_path: Path) -> None:
-    sizes = compiled(tmp_path, [f"sizeof(struct skoff_{name})" for name in STRUCTS])
+    sizes = compiled(HEADER, tmp_path, [f"sizeof(struct skoff_{name})" for name in STRUCTS])
     ours = [getattr(socket_offload, python).size for python in STRUCTS.values()]
     assert sizes == ours
-    fixed, whole = compiled(tmp_path, ["offsetof(struct skoff_snapshot, warm)", "sizeof(struct skoff_snapshot)"])
+    fixed, whole = compiled(HEADER, tmp_path, ["offsetof(struct skoff_snapshot, warm)", "sizeof(struct skoff_snapshot)"])
     layout: struct.Struct = socket_offload._SNAPSHOT
     assert (fixed, whole) == (layout.size, layout.size + socket_offload._WARM.size)
-    assert compiled(tmp_path, ["offsetof(struct skoff_export, reason)", "offsetof(struct skoff_import, reason)"]) == [28, 28]
+    reasons = ["offsetof(struct skoff_export, reason)", "offsetof(struct skoff_import, reason)"]
+    assert compiled(HEADER, tmp_path, reasons) == [28, 28]
 
 
 def test_limits(tmp_path: Path) -> None:
     limits = ["SKOFF_MAX_QUEUE", "SKOFF_MAX_SEGMENTS", "SKOFF_CA_PRIVATE"]
-    assert compiled(tmp_path, limits) == [MAX_QUEUE, MAX_SEGMENTS, PRIVATE_SIZE]
+    assert compiled(HEADER, tmp_path, limits) == [MAX_QUEUE, MAX_SEGMENTS, PRIVATE_SIZE]
 
 
 def test_the_warm_state_has_the_fields_of_the_header_in_its_order() -> None:
@@ -77,6 +63,6 @@ def test_every_reason_is_known_and_explained() -> None:
 
 def test_no_flag_is_unknown_to_either_side(tmp_path: Path) -> None:
     flags = [name for name in NUMBERS if name in re.findall(r"#define SKOFF_(\w+)\s+\(1 << \d+\)", TEXT)]
-    known = compiled(tmp_path, ["SKOFF_KNOWN_FLAGS"])[0]
+    known = compiled(HEADER, tmp_path, ["SKOFF_KNOWN_FLAGS"])[0]
     snapshot_flags = [name for name in flags if name not in ("OWN", "BIND", "OPTIONS")]
     assert sum(getattr(socket_offload, name) for name in snapshot_flags) == known
