@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import ssl
+from collections.abc import Callable
 from typing import IO, Any
 
 MAX_SENDFILE = 0x7FFFF000
@@ -87,6 +88,19 @@ async def _write(transport: asyncio.WriteTransport, file_fd: int, offset: int, c
         transport.write(data)
         sent += len(data)
     return sent
+
+
+def pause_reading(transport: Any) -> Callable[[], None] | None:
+    """The loop must not watch a socket that is restored in place; returns what undoes it."""
+    if transport is None or not transport.is_reading():
+        return None
+    transport.pause_reading()
+
+    def resume() -> None:
+        if not transport.is_closing():
+            transport.resume_reading()
+
+    return resume
 
 
 async def drain(transport: asyncio.WriteTransport) -> None:

@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -99,7 +99,7 @@ class LocalRelay:
         return sink
 
     async def _send(self, sink: LocalSink) -> None:
-        resume = pause_reading(_transport(sink.target))
+        resume = local.pause_reading(_transport(sink.target))
         try:
             while not sink.removed:
                 if sink.cursor >= self._head:
@@ -196,16 +196,3 @@ def _transport(target: Any) -> Any:
     if isinstance(target, asyncio.StreamWriter):
         return target.transport
     return target if isinstance(target, asyncio.BaseTransport) else None
-
-
-def pause_reading(transport: Any) -> Callable[[], None] | None:
-    """The loop must not watch a socket that is restored in place; returns what undoes it."""
-    if transport is None or not transport.is_reading():
-        return None
-    transport.pause_reading()
-
-    def resume() -> None:
-        if not transport.is_closing():
-            transport.resume_reading()
-
-    return resume

@@ -20,21 +20,20 @@ import asyncio
 import errno as errnos
 import os
 import socket
-import ssl
 import stat
 import threading
 from collections import Counter
 from dataclasses import dataclass
 from typing import IO, Any
 
-from guest_agent import local, local_relay, offload_asyncio, offload_relay
+from guest_agent import local, offload_asyncio
 from guest_agent.offload_blocking import BlockingAgent
-from guest_agent.offload_relay import Relay
-from guest_agent.offload_wire import Reply, agent_path, here
+from guest_agent.offload_relay import publish
+from guest_agent.offload_wire import Reply, agent_path, here, unsuitable
+
+__all__ = ["PRIORITIES", "Transfer", "close", "publish", "sendfile", "sendfile_async", "status"]
 
 PRIORITIES = ("low", "normal", "high")
-IPPROTO_MPTCP = 262
-_PROTOCOLS: dict[int, str | None] = {0: None, socket.IPPROTO_TCP: None, IPPROTO_MPTCP: "mptcp"}
 
 Target = socket.socket | asyncio.WriteTransport | asyncio.StreamWriter
 
@@ -103,7 +102,7 @@ async def _send_on_transport(
         reply = here(reason)
     else:
         await local.drain(transport)
-        resume = local_relay.pause_reading(transport)
+        resume = local.pause_reading(transport)
         reply = await link.request(sock, file.fileno(), offset, count, priority, when_over=resume)
     if reply.outcome != "local":
         return _conclude(reply)
@@ -111,42 +110,6 @@ async def _send_on_transport(
     return _sent_here(
         reply, await local.send_on_transport(transport, file, offset + reply.sent, left) if left > 0 else 0
     )
-
-
-async def publish(
-    source: Target | IO[bytes] | int,
-    *,
-    framing: str = "raw",
-    budget_ms: int = 0,
-    ring_entries: int = 1024,
-    entry_bytes: int = 16384,
-    max_sinks: int = 65536,
-    offset: int = 0,
-    priority: str = "normal",
-) -> Relay:
-    """Open a relay: one source, many clients. See `offload_relay.py`.
-
-    `source`: a non-blocking TCP socket (or its transport or StreamWriter) whose peer sends the stream, a file on the share that
-    grows (from `offset` on), or the number of a UDP port of the host's. `framing`: raw, or mpegts, where entries are whole
-    packets and sync points are known. `budget_ms` (0 to 1000): how long an entry may wait for others, so that each client gets
-    several in one send. `ring_entries`: how far a client may fall behind; `entry_bytes`: the most that one entry takes of a byte
-    stream. What the host cannot do this process does. Raises ValueError for a bad argument, OSError for a source that nobody can
-    read."""
-    return await offload_relay.publish(
-        source,
-        _unsuitable_relay,
-        framing=framing,
-        budget_ms=budget_ms,
-        ring_entries=ring_entries,
-        entry_bytes=entry_bytes,
-        max_sinks=max_sinks,
-        offset=offset,
-        priority=priority,
-    )
-
-
-def _unsuitable_relay(sock: Any) -> str | None:
-    return _unsuitable(sock, 1)
 
 
 def status() -> dict[str, Any]:
@@ -181,14 +144,7 @@ def _bytes_to_send(file: IO[bytes], offset: int, count: int | None, priority: st
 
 
 def _unsuitable(sock: Any, count: int) -> str | None:
-    """Why this socket cannot be offloaded, as far as Python knows; the agent looks closer."""
-    if not count:
-        return "too_small"
-    if isinstance(sock, ssl.SSLSocket):
-        return "upper_layer_protocol"
-    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
-        return "not_tcp"
-    return _PROTOCOLS.get(sock.proto, "not_tcp")
+    return unsuitable(sock) if count else "too_small"
 
 
 def _unsuitable_transport(transport: asyncio.WriteTransport, sock: Any, count: int) -> str | None:

@@ -22,13 +22,12 @@ from typing import IO, Any
 
 from guest_agent import local, local_relay, offload_asyncio
 from guest_agent.local_relay import Ending, LocalRelay, LocalSink
-from guest_agent.offload_wire import EXPLANATIONS, Message, Reply, encode_relay, new_token, next_number
+from guest_agent.offload_wire import EXPLANATIONS, Message, Reply, encode_relay, new_token, next_number, unsuitable
 
 JOINS = ("latest", "oldest", "next_sync")
 LAGS = ("head_drop", "drop_to_sync", "disconnect")
 STATUS_LIMIT = 5.0
 Target = socket.socket | asyncio.WriteTransport | asyncio.StreamWriter
-Unsuitable = Callable[[Any], str | None]
 
 
 class Sink:
@@ -49,12 +48,12 @@ class Sink:
 
 
 class Relay:
-    """See `publish`."""
+    """What `publish` opened. `path`: who relays, "offloaded" or "local"; `reason` and `message`: why not the host."""
 
-    def __init__(self, token: str, unsuitable: Unsuitable, *, there: LocalRelay | None, reason: str | None, message: str) -> None:
+    def __init__(self, token: str, there: LocalRelay | None = None, *, reason: str | None = None, message: str = "") -> None:
         self.token, self.reason, self.message = token, reason, message
         self.path = "local" if there is not None else "offloaded"
-        self._local, self._unsuitable = there, unsuitable
+        self._local = there
         self._sinks: dict[str, Sink] = {}
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Done when the source gives no more: why."""
@@ -95,7 +94,7 @@ class Relay:
     async def _hand_out(self, target: Target, options: dict[str, object]) -> Sink:
         sock, resume = await _prepared(target)
         udp = sock.type == socket.SOCK_DGRAM
-        reason = None if udp else self._unsuitable(sock)
+        reason = None if udp else unsuitable(sock)
         if reason is not None:
             if resume is not None:
                 resume()
@@ -169,7 +168,6 @@ class Relay:
 
 async def publish(
     source: Target | IO[bytes] | int,
-    unsuitable: Unsuitable,
     *,
     framing: str = "raw",
     budget_ms: int = 0,
@@ -179,7 +177,14 @@ async def publish(
     offset: int = 0,
     priority: str = "normal",
 ) -> Relay:
-    """`offload.publish`."""
+    """Open a relay: one source, many clients.
+
+    `source`: a non-blocking TCP socket (or its transport or StreamWriter) whose peer sends the stream, a file on the share that
+    grows (from `offset` on), or the number of a UDP port of the host's. `framing`: raw, or mpegts, where entries are whole
+    packets and sync points are known. `budget_ms` (0 to 1000): how long an entry may wait for others, so that each client gets
+    several in one send. `ring_entries`: how far a client may fall behind; `entry_bytes`: the most that one entry takes of a byte
+    stream. What the host cannot do this process does. Raises ValueError for a bad argument, OSError for a source that nobody can
+    read."""
     _one_of("framing", framing, ("raw", "mpegts"))
     options = {
         "framing": framing,
@@ -192,11 +197,11 @@ async def publish(
     }
     link = offload_asyncio.link()
     reason = await link.ready()
-    plan = await _plan(source, unsuitable, link, options, reason)
+    plan = await _plan(source, link, reason)
     if plan.reason is not None:
         if plan.resume is not None:
             plan.resume()
-        return await _here(source, unsuitable, plan.reason, EXPLANATIONS.get(plan.reason, plan.reason), options)
+        return await _here(source, plan.reason, EXPLANATIONS.get(plan.reason, plan.reason), options)
     token, number = new_token(), next_number()
     taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     source_token = new_token()
@@ -213,10 +218,10 @@ async def publish(
     if not taken.done():
         refusal = reply.result()
         if refusal.outcome == "local" and not isinstance(source, int):
-            return await _here(source, unsuitable, refusal.reason or "unknown", refusal.message, options)
+            return await _here(source, refusal.reason or "unknown", refusal.message, options)
         if refusal.outcome != "offloaded":
             raise OSError(refusal.errno or errno.EOPNOTSUPP, refusal.message or str(refusal.reason))
-    relay = Relay(token, unsuitable, there=None, reason=None, message="")
+    relay = Relay(token)
     reply.add_done_callback(lambda done: _source_over(relay, done))
     return relay
 
@@ -227,13 +232,13 @@ def _source_over(relay: Relay, reply: asyncio.Future[Reply]) -> None:
         relay.over.set_result(str(error) if error else reply.result().message or reply.result().reason or "")
 
 
-async def _here(source: Any, unsuitable: Unsuitable, reason: str, message: str, options: dict[str, Any]) -> Relay:
+async def _here(source: Any, reason: str, message: str, options: dict[str, Any]) -> Relay:
     """This process does it."""
     if isinstance(source, int):
         raise OSError(errno.EOPNOTSUPP, f"a UDP port of the host: {message}")
     ring = {name: options[name] for name in ("ring_entries", "entry_bytes", "offset")}
     there = local_relay.begin(source, **ring)
-    relay = Relay(new_token(), unsuitable, there=there, reason=reason, message=message)
+    relay = Relay(new_token(), there, reason=reason, message=message)
     there.over.add_done_callback(lambda done: None if relay.over.done() else relay.over.set_result(done.result()))
     return relay
 
@@ -249,7 +254,7 @@ class _Plan:
     resume: Callable[[], None] | None = None
 
 
-async def _plan(source: Any, unsuitable: Unsuitable, link: Any, options: dict[str, Any], absent: str | None) -> _Plan:
+async def _plan(source: Any, link: offload_asyncio.Link, absent: str | None) -> _Plan:
     if isinstance(source, int):
         return _Plan(absent, {"source": "udp", "port": source})
     if not isinstance(source, socket.socket | asyncio.WriteTransport | asyncio.StreamWriter):
@@ -272,7 +277,7 @@ async def _prepared(target: Target) -> tuple[Any, Callable[[], None] | None]:
     if transport.is_closing():
         raise ConnectionResetError(errno.ECONNRESET, "the transport is closing")
     await local.drain(transport)
-    return transport.get_extra_info("socket"), local_relay.pause_reading(transport)
+    return transport.get_extra_info("socket"), local.pause_reading(transport)
 
 
 def _must_not_block(target: Any) -> None:

@@ -26,6 +26,7 @@ import errno as errnos
 import json
 import os
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable
@@ -44,6 +45,9 @@ RECLAIM_LIMIT = 5.0
 RECLAIM_PAUSE = 0.05
 CROWDED = (errnos.ETOOMANYREFS, errnos.ENOBUFS, errnos.ENOMEM)
 """What the kernel says when too many descriptors or messages are in flight."""
+
+IPPROTO_MPTCP = 262
+_PROTOCOLS: dict[int, str | None] = {0: None, socket.IPPROTO_TCP: None, IPPROTO_MPTCP: "mptcp"}
 
 Message = dict[str, Any]
 T = TypeVar("T")
@@ -101,6 +105,15 @@ class Hello:
     def stale(self) -> bool:
         """Whether shares may have come since."""
         return time.monotonic() - self.at > REFRESH_INTERVAL
+
+
+def unsuitable(sock: Any) -> str | None:
+    """Why this socket cannot be offloaded, as far as Python knows; the agent looks closer."""
+    if isinstance(sock, ssl.SSLSocket):
+        return "upper_layer_protocol"
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+        return "not_tcp"
+    return _PROTOCOLS.get(sock.proto, "not_tcp")
 
 
 # Requests.
