@@ -60,8 +60,8 @@ static void wake(struct omss_member *member)
 		omss_sink_wake(container_of(member, struct omss_sink, member));
 }
 
-/* The owner must not read from a source: it is not told that there is something. */
-static void data_ready(struct sock *sk)
+/* Whether it is a member. */
+static bool wake_socket(struct sock *sk)
 {
 	struct omss_member *member;
 
@@ -70,7 +70,13 @@ static void data_ready(struct sock *sk)
 	if (member)
 		wake(member);
 	rcu_read_unlock();
-	if (!member && READ_ONCE(sk->sk_data_ready) != data_ready)
+	return member;
+}
+
+/* The owner must not read from a source: it is not told that there is something. */
+static void data_ready(struct sock *sk)
+{
+	if (!wake_socket(sk) && READ_ONCE(sk->sk_data_ready) != data_ready)
 		sk->sk_data_ready(sk);
 }
 
@@ -125,13 +131,7 @@ bool omss_writeable(struct sock *sk)
 /* A TCP socket whose close we have missed is gone for good. */
 static void ulp_release(struct sock *sk)
 {
-	struct omss_member *member;
-
-	rcu_read_lock();
-	member = member_of(sk);
-	if (member)
-		wake(member);
-	rcu_read_unlock();
+	wake_socket(sk);
 }
 
 /* Not registered: nobody can ask for it. */
