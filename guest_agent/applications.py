@@ -23,7 +23,7 @@ from guest_agent.hand_out import Outcome, Transfer
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import HandoffError, NotMovable, Reason
 from guest_agent.relays import RING_FIELDS, SINK_FIELDS, Relays, RelayTransfer
-from guest_agent.share import SharedFile, locate
+from guest_agent.share import NO_FILE, SharedFile, locate
 from guest_agent.transfers import Transfers
 
 log = logging.getLogger("streamlift.agent")
@@ -127,6 +127,7 @@ class Applications:
     def _publish(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:
         token, number, source = _token(request["token"]), request["id"], request["source"]
         options = {name: request[name] for name in RING_FIELDS}
+        transfer = None
         if source == "file":
             file = locate(fds[0], self._shares())
             plan = {"source": source, "path": file.path, "inode": file.inode, "offset": _number(request["offset"], 0)}
@@ -134,12 +135,10 @@ class Applications:
             plan = {"source": source, "port": _number(request["port"], 1)}
         elif source == "connection":
             plan = {"source": source}
-        else:
-            raise ValueError(f"source {source!r} is none of file, udp, connection")
-        transfer = None
-        if source == "connection":
             sink = {"join": "latest", "on_lag": "head_drop", "lag_soft": 0, "lag_hard_ms": 0, "begin": None}
             transfer = self._joining(client, request, fds, token, "source", {"priority": request["priority"], **sink})
+        else:
+            raise ValueError(f"source {source!r} is none of file, udp, connection")
         answer, finish = client.answers(number)
         try:
             self._relays.publish(token, plan, options, owner=client, answer=answer, finish=finish)
@@ -173,7 +172,7 @@ class Applications:
         return RelayTransfer(
             token=token,
             sock=_socket_of(fds),
-            file=SharedFile("", 0, 0),
+            file=NO_FILE,
             offset=0,
             count=0,
             priority=request["priority"],
@@ -207,7 +206,7 @@ class Applications:
     def _reclaimed(self, client: _Client, request: dict[str, Any], fds: list[int]) -> Transfer:
         if len(fds) != 1:
             raise ValueError(f"reclaim needs a socket, {len(fds)} descriptors came")
-        return self._make(client, request, fds, SharedFile("", 0, 0), 0, 0)
+        return self._make(client, request, fds, NO_FILE, 0, 0)
 
     def _make(
         self, client: _Client, request: dict[str, Any], fds: list[int], file: SharedFile, offset: int, count: int

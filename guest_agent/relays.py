@@ -17,12 +17,10 @@ from guest_agent.hand_out import Outcome, Send, Transfer
 from guest_agent.handoff.errors import GuestError, HostError, NotMovable, Reason
 from guest_agent.handoff.snapshot import Snapshot
 from guest_agent.handoff.wire import Header
-from guest_agent.share import SharedFile
 
 Note = dict[str, Any]
 RING_FIELDS = ("framing", "ring_entries", "entry_bytes", "budget_ms", "max_sinks")
 SINK_FIELDS = ("priority", "join", "on_lag", "lag_soft", "lag_hard_ms", "begin")
-_NO_FILE = SharedFile("", 0, 0)
 
 
 @dataclass

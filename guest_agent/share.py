@@ -24,6 +24,10 @@ class SharedFile:
     size: int
 
 
+NO_FILE = SharedFile("", 0, 0)
+"""Of a transfer that sends none."""
+
+
 def find_shares(mounts: str = MOUNTS) -> tuple[str, ...]:
     """Mount points of 9p file systems, as /proc/self/mounts lists them (octal escapes of proc(5) undone)."""
     with open(mounts, encoding="utf-8", errors="surrogateescape") as table:
