@@ -14,6 +14,8 @@ import sys
 from collections import Counter
 from typing import Any
 
+from guest_agent.handoff import kernel
+
 
 def main() -> None:
     address, first, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -22,7 +24,7 @@ def main() -> None:
     got: list[dict[str, Any]] = []
     for port in range(first, first + count):
         sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
-        sock.setsockopt(socket.SOL_SOCKET, 33, 4 << 20)  # SO_RCVBUFFORCE
+        sock.setsockopt(socket.SOL_SOCKET, kernel.SO_RCVBUFFORCE, 4 << 20)
         sock.bind((address, port))
         sock.setblocking(False)
         got.append({"digest": hashlib.sha256(), "datagrams": 0, "bytes": 0, "from": set()})

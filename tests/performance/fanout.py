@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def build(folder: Path) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def line(count: int, *, udp: bool) -> Iterator[Line]:
-    """`count` pairs on loopback; the descriptors that children inherit are made consecutive."""
+    """`count` pairs on loopback."""
     near, far = [], []
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
         for _ in range(count):
@@ -92,18 +92,24 @@ def line(count: int, *, udp: bool) -> Iterator[Line]:
                 receiver = listener.accept()[0]
             near.append(sender)
             far.append(receiver)
-    first = 10_000
-    _allow_descriptors(first + 2 * count + 100)
-    for at, sock in enumerate([*near, *far]):
-        os.dup2(sock.fileno(), first + at)
-        os.set_inheritable(first + at, True)
-    try:
+    with contextlib.ExitStack() as stack:
+        for sock in (*near, *far):
+            stack.enter_context(sock)
+        first = stack.enter_context(consecutive([*near, *far]))
         yield Line(first, first + count, count, [*near, *far])
+
+
+@contextlib.contextmanager
+def consecutive(socks: Sequence[socket.socket]) -> Iterator[int]:
+    """Descriptors in a row for children to inherit, beside the sockets' own; the first."""
+    first = 10_000
+    _allow_descriptors(first + len(socks) + 100)
+    try:
+        for at, sock in enumerate(socks):
+            os.dup2(sock.fileno(), first + at)  # inheritable
+        yield first
     finally:
-        for at in range(2 * count):
-            os.close(first + at)
-        for sock in [*near, *far]:
-            sock.close()
+        os.closerange(first, first + len(socks))
 
 
 def _allow_descriptors(wanted: int) -> None:

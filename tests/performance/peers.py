@@ -8,7 +8,6 @@ One run, in turns, on loopback: processor time of the serving process for each G
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import socket
 import statistics
@@ -125,10 +124,7 @@ def measure_icecast(programs: dict[str, Path], folder: Path, plan: Plan) -> dict
                 socks = list(pool.map(lambda _: ask(port, f"GET {MOUNT} HTTP/1.0\r\n\r\n"), range(plan.listeners)))
         for sock in socks:
             stack.enter_context(sock)
-        first = 10_000
-        for at, sock in enumerate(socks):
-            os.dup2(sock.fileno(), first + at)
-            stack.callback(os.close, first + at)
+        first = stack.enter_context(fanout.consecutive(socks))
         drain = fanout.start([str(programs["drain"]), str(first), str(len(socks))], first, len(socks))
         fanout.feed(encoder, 1.0)
         before, begun = fanout.processor_time(server.pid), time.monotonic()

@@ -12,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
-import resource
 import socket
 import subprocess
 import sys
@@ -22,9 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from guest_agent.handoff import kernel
 from hypervisor_svc import omss
 from tests.performance import counted
-from tests.performance.fanout import Line, line, source, start
+from tests.performance.fanout import Line, consecutive, line, source, start
 
 SIDES = ("daemon", "OMSS-M", "OMSS", "user")
 SINKS, PIECES, WARM_UP = 100, 20, 3
@@ -80,16 +79,11 @@ def card(count: int) -> Iterator[Line]:
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         sock.connect((f"10.99.{1 + number // 200}.{1 + number % 200}", 5000))
         near.append(sock)
-    first = 10_000
-    for at, sock in enumerate(near):
-        os.dup2(sock.fileno(), first + at)
-        os.set_inheritable(first + at, True)
-    try:
+    with contextlib.ExitStack() as stack:
+        for sock in near:
+            stack.enter_context(sock)
+        first = stack.enter_context(consecutive(near))
         yield Line(first, first, count, near)
-    finally:
-        for at, sock in enumerate(near):
-            os.close(first + at)
-            sock.close()
 
 
 def one(daemon: str, side: str, protocol: str, size: int) -> dict[str, Any]:
@@ -97,7 +91,7 @@ def one(daemon: str, side: str, protocol: str, size: int) -> dict[str, Any]:
     udp = protocol == "udp"
     with card(SINKS) if udp else line(SINKS, udp=False) as made, source(udp=udp) as (encoder, relay_end):
         for sock in made.sockets[SINKS:]:
-            sock.setsockopt(socket.SOL_SOCKET, 33, 1 << 20)  # SO_RCVBUFFORCE: nobody reads
+            sock.setsockopt(socket.SOL_SOCKET, kernel.SO_RCVBUFFORCE, 1 << 20)  # nobody reads
         gone = _left_the_card()
         with relay(side, daemon, made, relay_end):
             _feed(encoder, size, WARM_UP)
@@ -137,7 +131,6 @@ def main() -> None:
     subprocess.run(["sysctl", "-q", "-w", "net.ipv6.conf.card0.disable_ipv6=1"], check=True)  # it would speak by itself
     for words in ("address add 10.99.0.1/16 dev card0", "link set card0 multicast off up"):
         subprocess.run(["ip", *words.split()], check=True)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (65536, 65536))
     counted.tell({"rows": [one(daemon, *case) for case in json.loads(cases)]})
 
 
