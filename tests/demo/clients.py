@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.demo.content import MANIFEST
-from tests.vm.libvirt_host import Namespaces
+from tests.vm.namespaces import Namespaces
 
 TIMEOUT = "120"
 
