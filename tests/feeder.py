@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbered streams at their rate: to a live server, and into a file that grows.
 
-    python -m tests.vm.feeder --encoder ADDRESS:PORT/PATH --password WORD --file FILE [--seconds N]
+    python -m tests.feeder --encoder ADDRESS:PORT/PATH --password WORD --file FILE [--seconds N]
 
-Ends with its standard input, or after N seconds."""
+Ends with its standard input, or after N seconds. `audience.py` starts it."""
 
 from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import os
 import socket
 import sys
@@ -58,7 +59,7 @@ def main() -> int:
     if options.encoder:
         targets.append(encoder(options.encoder, options.password))
     if options.file:
-        targets.append(open(options.file, "ab", buffering=0).write)
+        targets.append(functools.partial(os.write, os.open(options.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)))
     over, faults = threading.Event(), []
 
     def run(send: Callable[[bytes], object]) -> None:

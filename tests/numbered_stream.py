@@ -21,10 +21,8 @@ _DIGITS = 16
 def packet_at(number: int) -> bytes:
     """The packet with this number, from 0 on. Digits are no sync bytes."""
     place = number % GROUP
-    if place < 2:
-        head = pmt() if place else pat()
-    else:
-        head = packet(VIDEO_PID, b"", start=place == 2, random_access=place == 2)
+    tables = (pat(), pmt())
+    head = tables[place] if place < 2 else packet(VIDEO_PID, b"", start=place == 2, random_access=place == 2)
     return head[: PACKET - _NUMBERED] + b"%016x" % number * (_NUMBERED // _DIGITS)
 
 

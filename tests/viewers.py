@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clients that go on until they are told to stop, and compare every byte: what they saw while a VM moved.
 
-    python -m tests.vm.viewers --server ADDRESS --root FOLDER --segments 20 --live film --lives 10 --file film.ts --files 10
+    python -m tests.viewers --server ADDRESS --root FOLDER --segments 20 --live film --lives 10 --file film.ts --files 10
 
 A *viewer* fetches the segments of one ladder (a folder of FOLDER) after one another on one connection, and knows each byte. A
-*sink* listens to a numbered stream of the live server. Each says "here" on standard output when it has its first byte; the end
-of standard input, or `--seconds`, ends all, and one JSON object tells what they saw. Times are of CLOCK_MONOTONIC."""
+*sink* listens to a numbered stream of the live server. Each says "here" on standard output when it has its first byte, and "gone"
+when it has to complain; the end of standard input, or `--seconds`, ends all, and one JSON object tells what they saw. Times are of
+CLOCK_MONOTONIC. `audience.py` starts it."""
 
 from __future__ import annotations
 
@@ -171,6 +172,7 @@ async def _watched(run: Run, seen: Seen, work: Any) -> None:
     except (OSError, TimeoutError, ValueError) as error:
         if not (run.over.is_set() and seen.kind != "viewer"):
             seen.fault = f"{type(error).__name__}: {error}"
+            print(f"gone: {seen.kind} {seen.port}: {seen.fault}", flush=True)
 
 
 def _ladders(root: Path) -> list[list[Path]]:
@@ -184,7 +186,7 @@ def _works(run: Run) -> list[Any]:
         _watched(run, seen := Seen("viewer"), view(run, seen, ladders[number % len(ladders)], number // len(ladders)))
         for number in range(options.segments)
     ]
-    sinks = [(kind, path) for kind, path, count in (("live", options.live, options.lives), ("file", options.file, options.files)) for _ in range(count)]
+    sinks = [("live", options.live)] * options.lives + [("file", options.file)] * options.files
     return [*viewers, *(_watched(run, seen := Seen(kind), listen(run, seen, path)) for kind, path in sinks)]
 
 
