@@ -44,6 +44,21 @@ class Found:
         return max((float(one["largest"]) for one in self.seen if one["kind"] == kind), default=0.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Crowd:
+    """How many watch: segments (with a `pause` of so many seconds between two), the encoder's stream, the file that grows."""
+
+    segments: int = 0
+    lives: int = 0
+    files: int = 0
+    pause: float = 0.2
+
+    @property
+    def sinks(self) -> int:
+        """Of both streams."""
+        return self.lives + self.files
+
+
 class Audience:
     """Clients of one server; `watching` starts them."""
 
@@ -69,14 +84,12 @@ class Audience:
 
 
 @contextlib.contextmanager
-def watching(
-    inside: Inside, server: str, root: Path, *, segments: int = 0, lives: int = 0, files: int = 0, pause: float = 0.2
-) -> Iterator[Audience]:
+def watching(inside: Inside, server: str, root: Path, crowd: Crowd) -> Iterator[Audience]:
     """Viewers of the ladders below `root`, sinks of the two streams; all have their first byte."""
-    argv = ["--server", server, "--root", str(root), "--segments", str(segments), "--pause", str(pause)]
-    argv += ["--live", LIVE, "--lives", str(lives), "--file", GROWING, "--files", str(files)]
+    argv = ["--server", server, "--root", str(root), "--segments", str(crowd.segments), "--pause", str(crowd.pause)]
+    argv += ["--live", LIVE, "--lives", str(crowd.lives), "--file", GROWING, "--files", str(crowd.files)]
     with _running(inside, "tests.viewers", *argv) as process:
-        audience = Audience(process, segments + lives + files)
+        audience = Audience(process, crowd.segments + crowd.sinks)
         audience.wait_for_all()
         yield audience
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.audience import GROWING, feeding, watching
+from tests.audience import GROWING, Crowd, feeding, watching
 from tests.namespaces.deployment import LIVE_PASSWORD, deployed, wait_for
 from tests.namespaces.topology import routed
 
@@ -29,7 +29,7 @@ def test_everybody_gets_everything(tmp_path: Path) -> None:
     with routed() as network, deployed(network, tmp_path, share, live=True) as deployment:
         there = functools.partial(inside, network.client.name), network.guest_address[4]
         with feeding(*there, share, password=LIVE_PASSWORD):
-            with watching(*there, share, segments=4, lives=3, files=3, pause=0.01) as audience:
+            with watching(*there, share, Crowd(segments=4, lives=3, files=3, pause=0.01)) as audience:
                 wait_for(lambda: sum(row["sink_count"] for row in deployment.call("relays")["relays"]) == 6, "all are sinks")
                 time.sleep(1)
                 found = audience.stop()

@@ -63,10 +63,14 @@ class Namespaces:
             process_group=0,
         )
 
-    def signal(self, process: subprocess.Popen[bytes], number: int) -> None:
-        """Signal what `start` started and wait for its end. In a pid namespace nsenter stands between, and passes no signal on."""
+    def send(self, process: subprocess.Popen[Any], number: int) -> None:
+        """Signal what runs here. In a pid namespace nsenter stands between, and passes no signal on."""
         if process.poll() is None:
             os.kill(_first_child(process.pid) if "pid" in self._kinds else process.pid, number)
+
+    def signal(self, process: subprocess.Popen[Any], number: int) -> None:
+        """Signal it and wait for its end."""
+        self.send(process, number)
         process.wait(timeout=20)
 
     def close(self) -> None:

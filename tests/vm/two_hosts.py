@@ -39,13 +39,17 @@ class TwoHosts:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def other(self, host: LibvirtHost) -> LibvirtHost:
-        """The one that `host` is not."""
-        return self.second if host is self.first else self.first
-
     def share_network(self, name: str) -> None:
         """A libvirt network of the first host on the second too, with the same bridge, addresses and MAC address: the VM's
         gateway is the same wherever it runs."""
         with contextlib.closing(self.first.connect()) as source, contextlib.closing(self.second.connect()) as target:
             definition = source.networkLookupByName(name).XMLDesc(libvirt.VIR_NETWORK_XML_INACTIVE)
             target.networkDefineXML(definition).create()
+
+    def drop_network(self, name: str) -> None:
+        """Where it is left."""
+        for host in (self.first, self.second):
+            with contextlib.closing(host.connect()) as connection, contextlib.suppress(libvirt.libvirtError):
+                network = connection.networkLookupByName(name)
+                network.destroy()
+                network.undefine()
