@@ -46,12 +46,15 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Crowd:
-    """How many watch: segments (with a `pause` of so many seconds between two), the encoder's stream, the file that grows."""
+    """How many watch: segments (with a `pause` of so many seconds between two), the encoder's stream, the file that grows. `rate`:
+    bytes a second that each takes, 0: all that it can get; `port`: where the segments are."""
 
     segments: int = 0
     lives: int = 0
     files: int = 0
     pause: float = 0.2
+    rate: float = 0
+    port: int = 80
 
     @property
     def sinks(self) -> int:
@@ -87,6 +90,7 @@ class Audience:
 def watching(inside: Inside, server: str, root: Path, crowd: Crowd) -> Iterator[Audience]:
     """Viewers of the ladders below `root`, sinks of the two streams; all have their first byte."""
     argv = ["--server", server, "--root", str(root), "--segments", str(crowd.segments), "--pause", str(crowd.pause)]
+    argv += ["--rate", str(crowd.rate), "--port", str(crowd.port)]
     argv += ["--live", LIVE, "--lives", str(crowd.lives), "--file", GROWING, "--files", str(crowd.files)]
     with _running(inside, "tests.viewers", *argv) as process:
         audience = Audience(process, crowd.segments + crowd.sinks)

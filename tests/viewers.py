@@ -33,6 +33,8 @@ NOTABLE = 0.25
 """Seconds without a byte from which on a silence is told."""
 PATIENCE = 30.0
 MEDIA_PORT, LIVE_PORT = 80, 8000
+SMALL_PIECE, SMALL_BUFFER = 1 << 14, 1 << 15
+"""Bytes: what a client that reads at a rate takes at once, and what waits for it in its socket."""
 
 
 @dataclass
@@ -71,12 +73,15 @@ class Client:
         self._run, self._seen = run, seen
         self._loop = asyncio.get_running_loop()
         self._sock = socket.socket()
+        self._next = 0.0
 
     async def connect(self, port: int) -> None:
         """To that port of the server."""
         address = self._run.options.server
         self._sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         self._sock.setblocking(False)
+        if self._run.options.rate:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
         await asyncio.wait_for(self._loop.sock_connect(self._sock, (address, port)), PATIENCE)
         self._seen.port = self._sock.getsockname()[1]
 
@@ -86,11 +91,17 @@ class Client:
 
     async def receive(self) -> bytes:
         """The next piece. Raises OSError, TimeoutError, ConnectionError at the end."""
+        rate = self._run.options.rate
+        if rate:
+            await asyncio.sleep(self._next - time.monotonic())
         begin = time.monotonic()
         try:
-            data = await asyncio.wait_for(self._loop.sock_recv(self._sock, PIECE), PATIENCE)
+            receive = self._loop.sock_recv(self._sock, SMALL_PIECE if rate else PIECE)
+            data = await asyncio.wait_for(receive, PATIENCE)
         finally:
             self._note(begin, time.monotonic() - begin)
+        if rate:
+            self._next = max(self._next, begin) + len(data) / rate
         if not data:
             raise ConnectionError("the server closed the connection")
         if not self._seen.bytes:
@@ -123,7 +134,7 @@ async def view(run: Run, seen: Seen, files: Sequence[Path], number: int) -> None
     """Segment after segment; not all begin with the same one."""
     root, bodies = run.options.root, [path.read_bytes() for path in files]
     client = Client(run, seen)
-    await client.connect(MEDIA_PORT)
+    await client.connect(run.options.port)
     with contextlib.closing(client):
         at = number % len(files)
         while True:
@@ -197,6 +208,8 @@ async def main() -> int:
     parser.add_argument("--root", type=Path, default=Path("/nonexistent"))
     parser.add_argument("--segments", type=int, default=0, help="viewers, on the ladders in turn")
     parser.add_argument("--pause", type=float, default=0.2, help="seconds between two segments of a viewer (%(default)s)")
+    parser.add_argument("--port", type=int, default=MEDIA_PORT, help="of the segments (%(default)s)")
+    parser.add_argument("--rate", type=float, default=0, help="bytes a second that a client takes; default: all it can get")
     for kind, many in (("live", "lives"), ("file", "files")):
         parser.add_argument(f"--{kind}", default="", help=f"path of the {kind} stream")
         parser.add_argument(f"--{many}", type=int, default=0, help="its sinks")

@@ -10,15 +10,16 @@ import signal
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import libvirt
 
 from hypervisor_svc.deploy import NETWORK
 from tests.audience import Audience, Crowd, Found, feeding, watching
 from tests.demo.content import LADDERS, make
+from tests.vm.console import give_shell, open_shell
 from tests.vm.libvirt_host import LibvirtHost, wait_for
 from tests.vm.product import Product
 from tests.vm.two_hosts import TwoHosts
@@ -50,7 +51,7 @@ class Move:
 class Moving:
     """`here` is the product where the VM runs, `there` the other one. IPv4 unless a test says otherwise."""
 
-    def __init__(self, hosts: TwoHosts, folder: Path, mode: str, extra: str) -> None:
+    def __init__(self, hosts: TwoHosts, folder: Path, mode: str, *, extra: str = "") -> None:
         self.hosts, self.mode, self.share = hosts, mode, folder / "share"
         self.address, self.address6 = ADDRESSES[mode]
         self._products = []
@@ -64,8 +65,8 @@ class Moving:
         """First and second."""
         return self._products
 
-    def start(self, stack: contextlib.ExitStack) -> None:
-        """Services, then the VM on the first hypervisor; the stack undoes it."""
+    def start(self, stack: contextlib.ExitStack, *, shell: bool) -> None:
+        """Services, then the VM on the first hypervisor, with a shell on its console if wanted; the stack undoes it."""
         for product in self._products:
             product.start()
             stack.callback(product.stop)
@@ -75,6 +76,9 @@ class Moving:
         if self.mode == "routed":
             self.hosts.share_network(NETWORK)
             stack.callback(self.hosts.drop_network, NETWORK)
+        if shell:
+            with self.domain() as domain:
+                give_shell(domain)
         self.wait_ready()
 
     def _place(self) -> Sequence[str]:
@@ -89,15 +93,23 @@ class Moving:
         """Until the VM serves where it is."""
         self.here.wait_ready(self.address)
 
-    def domain(self, connection: libvirt.virConnect) -> libvirt.virDomain:
-        """The VM, at a hypervisor's libvirt."""
-        return connection.lookupByName(MACHINE)
+    @contextlib.contextmanager
+    def domain(self) -> Iterator[libvirt.virDomain]:
+        """The VM, at its hypervisor's libvirt."""
+        with contextlib.closing(self.here.host.connect()) as connection:
+            yield connection.lookupByName(MACHINE)
 
     def runs_at(self, host: LibvirtHost) -> bool:
         """Whether its processors run there."""
         with contextlib.closing(host.connect()) as connection, contextlib.suppress(libvirt.libvirtError):
-            return bool(self.domain(connection).state()[0] == libvirt.VIR_DOMAIN_RUNNING)
+            return bool(connection.lookupByName(MACHINE).state()[0] == libvirt.VIR_DOMAIN_RUNNING)
         return False
+
+    @contextlib.contextmanager
+    def shell(self) -> Iterator[IO[str]]:
+        """A root shell in the guest, if it was started with one."""
+        with self.domain() as domain, open_shell(domain) as shell:
+            yield shell
 
     # Moving.
 
@@ -145,7 +157,7 @@ class Moving:
                 stack.enter_context(feeding(fabric.client.command, self.address, self.share, password=PASSWORD))
             begun = [stack.enter_context(watching(fabric.client.command, self.address, self.share, crowd))]
             if slow:
-                behind = Crowd(segments=slow, pause=crowd.pause)
+                behind = replace(crowd, segments=slow, lives=0, files=0)
                 begun.append(stack.enter_context(watching(fabric.slow.command, self.address, self.share, behind)))
             watchers = Watchers(begun, crowd.segments + slow, crowd.sinks)
             watchers.wait_out(self.here)
@@ -183,13 +195,13 @@ class Watchers:
 
 
 @contextlib.contextmanager
-def moving(hosts: TwoHosts, folder: Path, mode: str, *, extra: str = "") -> Iterator[Moving]:
+def moving(hosts: TwoHosts, folder: Path, mode: str, *, extra: str = "", shell: bool = False) -> Iterator[Moving]:
     """The VM, "routed" or "bridged", serves on the first hypervisor; the segments of all ladders are in its share."""
     content = make(cache_directory().parent / "content", progress=lambda line: None)
     (folder / "share").mkdir()
     for ladder in LADDERS:
         shutil.copytree(content / ladder.name, folder / "share" / ladder.name)
-    scene = Moving(hosts, folder, mode, extra)
+    scene = Moving(hosts, folder, mode, extra=extra)
     with contextlib.ExitStack() as stack:
-        scene.start(stack)
+        scene.start(stack, shell=shell)
         yield scene
