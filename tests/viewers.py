@@ -32,6 +32,8 @@ BIN = 0.1
 NOTABLE = 0.25
 """Seconds without a byte from which on a silence is told."""
 PATIENCE = 30.0
+GRACE = 4.0
+"""Seconds that a client has to finish what it has begun; what was silent all that time has to complain."""
 MEDIA_PORT, LIVE_PORT = 80, 8000
 SMALL_PIECE, SMALL_BUFFER = 1 << 14, 1 << 15
 """Bytes: what a client that reads at a rate takes at once, and what waits for it in its socket."""
@@ -48,6 +50,7 @@ class Seen:
     largest: float = 0.0
     silences: list[tuple[float, float]] = field(default_factory=list)
     fault: str = ""
+    waits_since: float = 0.0
     packets: int = 0
     gaps: list[tuple[int, int]] = field(default_factory=list)
 
@@ -94,12 +97,13 @@ class Client:
         rate = self._run.options.rate
         if rate:
             await asyncio.sleep(self._next - time.monotonic())
-        begin = time.monotonic()
+        self._seen.waits_since = begin = time.monotonic()
         try:
             receive = self._loop.sock_recv(self._sock, SMALL_PIECE if rate else PIECE)
             data = await asyncio.wait_for(receive, PATIENCE)
         finally:
             self._note(begin, time.monotonic() - begin)
+        self._seen.waits_since = 0.0
         if rate:
             self._next = max(self._next, begin) + len(data) / rate
         if not data:
@@ -219,9 +223,10 @@ async def main() -> int:
     stop = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await asyncio.wait([stop], timeout=run.options.seconds)
     run.over.set()
-    await asyncio.wait(tasks, timeout=PATIENCE)
-    for task in tasks:
-        task.cancel()
+    await asyncio.wait(tasks, timeout=GRACE)
+    for seen in run.seen:
+        if seen.kind == "viewer" and 0 < seen.waits_since < time.monotonic() - GRACE:
+            seen.fault = seen.fault or f"silent for {time.monotonic() - seen.waits_since:.0f} s"
     print(json.dumps({"seen": [asdict(seen) for seen in run.seen], "bins": sorted(run.bins.items()), "bin": BIN}), flush=True)
     os._exit(any(seen.fault for seen in run.seen))  # a thread may still wait for standard input
 

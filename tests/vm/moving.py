@@ -71,7 +71,8 @@ class Moving:
             product.start()
             stack.callback(product.stop)
         options = ("--share", str(self.share), "--kernel", KERNEL, "--live-password", PASSWORD, *self._place())
-        self.here.command("deploy", MACHINE, *options)
+        made = self.here.command("deploy", MACHINE, *options)
+        self.accelerator = "kvm" if "(kvm)" in made else "tcg"
         stack.callback(self._undeploy)
         if self.mode == "routed":
             self.hosts.share_network(NETWORK)
@@ -148,8 +149,9 @@ class Moving:
     # Watching.
 
     @contextlib.contextmanager
-    def watched(self, crowd: Crowd, *, slow: int = 0) -> Iterator[Watchers]:
-        """Streams that are fed and clients that watch, `slow` more viewers through the slow link; all are at the host."""
+    def watched(self, crowd: Crowd, *, slow: int = 0, offloaded: bool = True) -> Iterator[Watchers]:
+        """Streams that are fed and clients that watch, `slow` more viewers through the slow link; all are at the host, if they are
+        to be `offloaded`."""
         fabric = self.hosts.fabric
         with contextlib.ExitStack() as stack:
             if crowd.sinks:
@@ -160,7 +162,8 @@ class Moving:
                 behind = replace(crowd, segments=slow, lives=0, files=0)
                 begun.append(stack.enter_context(watching(fabric.slow.command, self.address, self.share, behind)))
             watchers = Watchers(begun, crowd.segments + slow, crowd.sinks)
-            watchers.wait_out(self.here)
+            if offloaded:
+                watchers.wait_out(self.here)
             yield watchers
 
     def _live_server(self) -> bool:
