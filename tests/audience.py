@@ -63,18 +63,23 @@ class Crowd:
 
 
 class Audience:
-    """Clients of one server; `watching` starts them."""
+    """Clients of one server; `watching` starts them. `viewers`: addresses and ports of those that fetch segments."""
 
     def __init__(self, process: subprocess.Popen[str], count: int) -> None:
         self._process, self._count = process, count
+        self.viewers: set[str] = set()
 
     def wait_for_all(self) -> None:
         """Until each has its first byte. Raises RuntimeError if one has to complain."""
         assert self._process.stdout is not None
         for _ in range(self._count):
             line = self._process.stdout.readline()
-            if line != "here\n":
+            word, _, rest = line.partition(" ")
+            if word != "here":
                 raise RuntimeError(f"an audience of {self._count}: {line.strip() or 'it ended'}")
+            kind, _, address = rest.strip().partition(" ")
+            if kind == "viewer":
+                self.viewers.add(address)
 
     def stop(self) -> Found:
         """Each finishes what it has begun; what they saw."""

@@ -3,10 +3,10 @@
 
     python -m tests.viewers --server ADDRESS --root FOLDER --segments 20 --live film --lives 10 --file film.ts --files 10
 
-A *viewer* fetches the segments of one ladder (a folder of FOLDER) after one another on one connection, and knows each byte. A
-*sink* listens to a numbered stream of the live server. Each says "here" on standard output when it has its first byte, and "gone"
-when it has to complain; the end of standard input, or `--seconds`, ends all, and one JSON object tells what they saw. Times are of
-CLOCK_MONOTONIC. `audience.py` starts it."""
+A *viewer* fetches the segments of one ladder (a folder of FOLDER) after one another on one connection, and knows each byte. A *sink*
+listens to a numbered stream of the live server. Each says "here" with its address on standard output when it has its first byte,
+and "gone" when it has to complain; the end of standard input, or `--seconds`, ends all, and one JSON object tells what they saw.
+Times are of CLOCK_MONOTONIC. `audience.py` starts it."""
 
 from __future__ import annotations
 
@@ -64,10 +64,6 @@ class Run:
     bins: Counter[int] = field(default_factory=Counter)
     seen: list[Seen] = field(default_factory=list)
 
-    def here(self) -> None:
-        """One more has got something."""
-        print("here", flush=True)
-
 
 class Client:
     """A connection of one client."""
@@ -87,6 +83,10 @@ class Client:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
         await asyncio.wait_for(self._loop.sock_connect(self._sock, (address, port)), PATIENCE)
         self._seen.port = self._sock.getsockname()[1]
+
+    def _here(self) -> None:
+        host, port = self._sock.getsockname()[:2]
+        print(f"here {self._seen.kind} {f'[{host}]' if ':' in host else host}:{port}", flush=True)
 
     async def ask(self, path: str) -> None:
         """Send a request."""
@@ -109,7 +109,7 @@ class Client:
         if not data:
             raise ConnectionError("the server closed the connection")
         if not self._seen.bytes:
-            self._run.here()
+            self._here()
         self._seen.bytes += len(data)
         self._run.bins[int(time.monotonic() / BIN)] += len(data)
         return data

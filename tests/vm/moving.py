@@ -161,7 +161,7 @@ class Moving:
             if slow:
                 behind = replace(crowd, segments=slow, lives=0, files=0)
                 begun.append(stack.enter_context(watching(fabric.slow.command, self.address, self.share, behind)))
-            watchers = Watchers(begun, crowd.segments + slow, crowd.sinks)
+            watchers = Watchers(begun, crowd.sinks)
             if offloaded:
                 watchers.wait_out(self.here)
             yield watchers
@@ -173,20 +173,19 @@ class Moving:
 
 @dataclass(frozen=True)
 class Watchers:
-    """Audiences, and how many of each kind they are together."""
+    """Audiences, and how many sinks they are together."""
 
     audiences: list[Audience]
-    viewers: int
     sinks: int
 
     def wait_out(self, product: Product) -> None:
         """Until each of them was handed to this host: viewers in their turn, sinks all at once."""
-        out: set[str] = set()
+        missing = set().union(*(audience.viewers for audience in self.audiences))
 
         def all_out() -> bool:
-            out.update(row["client"] for row in product.ask("connections")["connections"] if row["file"])
+            missing.difference_update(row["client"] for row in product.ask("connections")["connections"])
             relays = product.ask("relays")["relays"]
-            return len(out) >= self.viewers and sum(row["sink_count"] for row in relays) >= self.sinks
+            return not missing and sum(row["sink_count"] for row in relays) >= self.sinks
 
         wait_for(all_out, seconds=60, what="all are offloaded")
 
