@@ -3,10 +3,10 @@
 
     python -m tests.viewers --server ADDRESS --root FOLDER --segments 20 --live film --lives 10 --file film.ts --files 10
 
-A *viewer* fetches the segments of one ladder (a folder of FOLDER) after one another on one connection, and knows each byte. A *sink*
-listens to a numbered stream of the live server. Each says "here" with its address on standard output when it has its first byte,
-and "gone" when it has to complain; the end of standard input, or `--seconds`, ends all, and one JSON object tells what they saw.
-Times are of CLOCK_MONOTONIC. `audience.py` starts it."""
+A *viewer* fetches the segments of one ladder (a folder of FOLDER), one after another, on one connection, and knows all bytes. A
+*sink* listens to a numbered stream of the live server. Each says "here" with its address on standard output when it has its first
+byte, and "gone" when it has to complain; the end of standard input, or `--seconds`, ends all, and one JSON object tells what they
+saw. Times are of CLOCK_MONOTONIC. `audience.py` starts it."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Moving:
     """`here` is the product where the VM runs, `there` the other one. IPv4 unless a test says otherwise."""
 
     def __init__(self, hosts: TwoHosts, folder: Path, mode: str, *, extra: str = "") -> None:
-        self.hosts, self.mode, self.share = hosts, mode, folder / "share"
+        self.hosts, self.mode, self.share = hosts, mode, folder / "exported" / "share"
         self.address, self.address6 = ADDRESSES[mode]
         self._products = []
         for name, host in (("first", hosts.first), ("second", hosts.second)):
@@ -200,10 +200,18 @@ class Watchers:
 def moving(hosts: TwoHosts, folder: Path, mode: str, *, extra: str = "", shell: bool = False) -> Iterator[Moving]:
     """The VM, "routed" or "bridged", serves on the first hypervisor; the segments of all ladders are in its share."""
     content = make(cache_directory().parent / "content", progress=lambda line: None)
-    (folder / "share").mkdir()
-    for ladder in LADDERS:
-        shutil.copytree(content / ladder.name, folder / "share" / ladder.name)
     scene = Moving(hosts, folder, mode, extra=extra)
+    scene.share.mkdir(parents=True)
+    for ladder in LADDERS:
+        shutil.copytree(content / ladder.name, scene.share / ladder.name)
     with contextlib.ExitStack() as stack:
         scene.start(stack, shell=shell)
         yield scene
+
+
+def assert_unharmed(found: Found) -> None:
+    """Every byte came, in its order; only the live stream may have gaps, and each ends where a player can go on."""
+    assert found.faults == []
+    assert found.gaps("file") == []
+    assert all(one["requests"] for one in found.seen if one["kind"] == "viewer")
+    assert all(one["packets"] for one in found.seen if one["kind"] != "viewer")

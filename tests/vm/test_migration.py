@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.audience import Crowd, Found
+from tests.audience import Crowd
 from tests.vm.libvirt_host import wait_for
-from tests.vm.moving import Moving, moving
+from tests.vm.moving import Moving, assert_unharmed, moving
 from tests.vm.two_hosts import TwoHosts
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
@@ -23,14 +23,6 @@ def machine(request: pytest.FixtureRequest, two_hosts: TwoHosts, tmp_path_factor
     """A VM on the first of two hypervisors."""
     with moving(two_hosts, tmp_path_factory.mktemp(request.param), request.param) as scene:
         yield scene
-
-
-def assert_unharmed(found: Found) -> None:
-    """Every byte came, in its order; only the live stream may have gaps, and each ends where a player can go on."""
-    assert found.faults == []
-    assert found.gaps("file") == []
-    assert all(one["requests"] for one in found.seen if one["kind"] == "viewer")
-    assert all(one["packets"] for one in found.seen if one["kind"] != "viewer")
 
 
 def test_there_and_back(machine: Moving) -> None:
