@@ -36,10 +36,12 @@ STEADY = 4.0
 """Seconds before and after a migration over which bandwidth is measured."""
 SILENCE_FACTOR, SILENCE_LIMIT = 1.2, 250
 DRAIN_LIMIT = 300
-PREPARE = """mkdir -p /run/plain; mount -t tmpfs -o size=100m none /run/plain
-cp -r /srv/share/tv /srv/share/tablet /srv/share/phone /run/plain
-systemd-run python3 -m guest_agent.examples.media_server --root /run/plain --port {port} --no-offload
-"""
+PREPARE = (
+    "mkdir -p /run/plain",
+    "mount -t tmpfs -o size=100m none /run/plain",
+    "cp -r /srv/share/tv /srv/share/tablet /srv/share/phone /run/plain",
+    f"systemd-run python3 -m guest_agent.examples.media_server --root /run/plain --port {SIDES['alone']} --no-offload",
+)
 """For the VM alone: it serves from its own memory, so that its share is as free as the other side's. Its memory is as large."""
 
 
@@ -58,10 +60,9 @@ FULL, QUICK = Plan(5), Plan(1)
 
 def prepare(scene: Moving) -> None:
     """Start the second server in the guest."""
-    with scene.shell() as shell:
-        shell.write(PREPARE.format(port=SIDES["alone"]))
-        address = f"{scene.address}:{SIDES['alone']}"
-        wait_for(lambda: scene.here.fetch(address, ".streamlift", check=False), seconds=60, what="the server without offload")
+    scene.in_guest("; ".join(PREPARE))
+    address = f"{scene.address}:{SIDES['alone']}"
+    wait_for(lambda: scene.here.fetch(address, ".streamlift", check=False), seconds=60, what="the server without offload")
 
 
 def measure(scene: Moving, side: str, repeat: int) -> dict[str, Any]:

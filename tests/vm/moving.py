@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import libvirt
 
@@ -59,6 +59,7 @@ class Moving:
             (folder / name).mkdir()
             self._products.append(Product(host, folder / name, self.share, extra=extra))
         self.here, self.there = self._products
+        self._commands = 0
 
     @property
     def products(self) -> Sequence[Product]:
@@ -106,11 +107,13 @@ class Moving:
             return bool(connection.lookupByName(MACHINE).state()[0] == libvirt.VIR_DOMAIN_RUNNING)
         return False
 
-    @contextlib.contextmanager
-    def shell(self) -> Iterator[IO[str]]:
-        """A root shell in the guest, if it was started with one."""
+    def in_guest(self, command: str) -> None:
+        """Run a command as root in the guest, if it was started with a shell; wait for its end."""
+        self._commands += 1
+        console = self.here.host.machines / MACHINE / "console.log"
         with self.domain() as domain, open_shell(domain) as shell:
-            yield shell
+            shell.write(f"{command}; printf 'done-%s-\\n' {self._commands}\n")
+            wait_for(lambda: f"done-{self._commands}-".encode() in console.read_bytes(), seconds=30, what=command)
 
     # Moving.
 
@@ -131,9 +134,13 @@ class Moving:
             self.here.host.namespaces.signal(process, signal.SIGKILL)
             raise
         steps = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        self.find()
+        return Move(process.returncode, steps, words)
+
+    def find(self) -> None:
+        """Set `here` to where it is now."""
         if self.runs_at(self.there.host):
             self.here, self.there = self.there, self.here
-        return Move(process.returncode, steps, words)
 
     def move(self, *options: str) -> Move:
         """To the other hypervisor, which must work."""
