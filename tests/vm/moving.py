@@ -107,13 +107,13 @@ class Moving:
             return bool(connection.lookupByName(MACHINE).state()[0] == libvirt.VIR_DOMAIN_RUNNING)
         return False
 
-    def in_guest(self, command: str) -> None:
-        """Run a command as root in the guest, if it was started with a shell; wait for its end."""
+    def in_guest(self, command: str, *, wait: bool = True) -> None:
+        """Run a command as root in the guest, if it was started with a shell, and wait for its end."""
         self._commands += 1
         console = self.here.host.machines / MACHINE / "console.log"
         with self.domain() as domain, open_shell(domain) as shell:
             shell.write(f"{command}; printf 'done-%s-\\n' {self._commands}\n")
-            wait_for(lambda: f"done-{self._commands}-".encode() in console.read_bytes(), seconds=30, what=command)
+            wait_for(lambda: not wait or f"done-{self._commands}-".encode() in console.read_bytes(), seconds=30, what=command)
 
     # Moving.
 
