@@ -77,9 +77,11 @@ class Fabric:
 
     def announce(self, uplink: Uplink, addresses: Iterable[str]) -> None:
         """The VM with these addresses is behind that hypervisor now."""
+        commands = []
         for address in addresses:
             length, gateway = (128, uplink.address6) if ":" in address else (32, uplink.address4)
-            self.router.run("ip", "route", "replace", f"{address}/{length}", "via", gateway)
+            commands.append(f"ip route replace {address}/{length} via {gateway}")
+        self.router.run("sh", "-ec", "\n".join(commands))
 
     def _prepare(self) -> None:
         self.router.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")

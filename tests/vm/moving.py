@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -113,7 +114,10 @@ class Moving:
         console = self.here.host.machines / MACHINE / "console.log"
         with self.domain() as domain, open_shell(domain) as shell:
             shell.write(f"{command}; printf 'done-%s-\\n' {self._commands}\n")
-            wait_for(lambda: not wait or f"done-{self._commands}-".encode() in console.read_bytes(), seconds=30, what=command)
+            if wait:
+                wait_for(lambda: f"done-{self._commands}-".encode() in console.read_bytes(), seconds=30, what=command)
+            else:
+                time.sleep(1)  # QEMU has to read it
 
     # Moving.
 
