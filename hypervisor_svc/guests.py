@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import logging
 import struct
 from collections import OrderedDict, deque
@@ -32,12 +31,11 @@ from hypervisor_svc.policy import (
     check_flow,
     read_job,
     read_relay_job,
-    read_relay_plan,
     read_token,
-    read_udp_job,
 )
 from hypervisor_svc.redirect import Flow, Redirect
 from hypervisor_svc.relay import RelayLimits, Relays, choose
+from hypervisor_svc.relay_words import RelayWords
 from hypervisor_svc.schedule import Schedule
 from hypervisor_svc.serve import Server
 from hypervisor_svc.splice_user import UserEngine
@@ -105,6 +103,7 @@ class Guests:
             on_gone=self._client_gone,
             on_lagged=self._lagged,
         )
+        self._relay_words = RelayWords(self.relays, go_home=self._finished)
         self._homeward: deque[Connection] = deque()
         self._by_uuid: dict[str, Guest] = {}
         self._by_cookie: dict[int, Connection] = {}
@@ -200,15 +199,17 @@ class Guests:
             self._count_refusal(guest, event.reason, event.message)
 
     def _message(self, guest: Guest, event: Message) -> None:
-        handler: Callable[[Guest, Header, bytes], None] | None = getattr(self, f"_on_{event.header['type']}", None)
+        kind = event.header["type"]
+        found = getattr(self, f"_on_{kind}", None) or getattr(self._relay_words, f"on_{kind}", None)
+        handler: Callable[[Guest, Header, bytes], None] | None = found
         try:
             if handler is None:
-                raise GuestError(Reason.BAD_REQUEST, f"message type {event.header['type']!r:.40}")
+                raise GuestError(Reason.BAD_REQUEST, f"message type {kind!r:.40}")
             handler(guest, event.header, event.body)
         except HandoffError as error:
             self._count_refusal(guest, error.reason, str(error))
         except OSError as error:
-            log.exception("%s: %s", guest.machine.name, event.header["type"])
+            log.exception("%s: %s", guest.machine.name, kind)
             self._count_refusal(guest, Reason.RESTORE_FAILED, str(error))
 
     def _count_refusal(self, guest: Guest, reason: Reason, message: str) -> None:
@@ -310,53 +311,6 @@ class Guests:
         except HandoffError as error:
             connection.reason, connection.message = error.reason, str(error)
             self._finished(connection)
-
-    # What a guest says of relays.
-
-    def _on_relay_open(self, guest: Guest, header: Header, body: bytes) -> None:
-        token = read_token(header)
-        try:
-            self.relays.open(guest, read_relay_plan(header))
-        except HandoffError as error:
-            self._refuse_relay(guest, token, token, error)
-            raise
-        guest.send({"type": "relay_opened", "relay": token})
-
-    def _on_relay_close(self, guest: Guest, header: Header, body: bytes) -> None:
-        relay = guest.relays.get(read_token(header))
-        if relay is not None:
-            self.relays.close(relay)
-
-    def _on_relay_remove(self, guest: Guest, header: Header, body: bytes) -> None:
-        """A sink, or the source, is to come home."""
-        connection = guest.connections.get(read_token(header))
-        if connection is not None and connection.relay is not None:
-            self.relays.release(connection)
-            self._finished(connection)
-
-    def _on_relay_udp(self, guest: Guest, header: Header, body: bytes) -> None:
-        token = read_token(header)
-        try:
-            job = read_udp_job(header)
-            self.relays.add_udp(guest, job)
-        except HandoffError as error:
-            self._refuse_relay(guest, str(header.get("relay")), token, error)
-            raise
-        guest.send({"type": "relay_udp_added", "relay": job.relay, "token": token})
-
-    def _on_relay_udp_remove(self, guest: Guest, header: Header, body: bytes) -> None:
-        relay = guest.relays.get(str(header.get("relay")))
-        if relay is not None:
-            self.relays.remove_udp(relay, read_token(header))
-
-    def _on_relay_status(self, guest: Guest, header: Header, body: bytes) -> None:
-        relay = guest.relays.get(read_token(header))
-        row = self.relays.row(relay, sinks=False) if relay is not None else None
-        guest.send({"type": "relay_status", "relay": read_token(header)}, json.dumps(row).encode())
-
-    def _refuse_relay(self, guest: Guest, relay: str, token: str, error: HandoffError) -> None:
-        reply = {"type": "relay_refused", "relay": relay, "token": token, "reason": error.reason.value}
-        guest.send({**reply, "message": str(error), "errno": error.errno})
 
     def _on_standing_by(self, guest: Guest, header: Header, body: bytes) -> None:
         connection = guest.connections.get(read_token(header))
