@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One source, many clients: `offload.publish`.
 
-    relay = await offload.publish(source)            # a connection that sends, or a file on the share that grows
+    relay = await offload.publish(source)            # a connection that sends, a file on the share that grows, or a ring there
     sink = await relay.add_sink(writer)              # after the client's request was answered with a header
     ending = await sink.wait()                       # it left: gone, removed, or the relay is over; the socket is back
     await relay.remove_sink(sink)                    # call it home
@@ -23,6 +23,7 @@ from typing import IO, Any
 from guest_agent import local, local_relay, offload_asyncio
 from guest_agent.local_relay import Ending, LocalRelay, LocalSink
 from guest_agent.offload_wire import EXPLANATIONS, Message, Reply, encode_relay, new_token, next_number, unsuitable
+from guest_agent.ring import Ring
 
 JOINS = ("latest", "oldest", "next_sync")
 LAGS = ("head_drop", "drop_to_sync", "disconnect")
@@ -71,7 +72,8 @@ class Relay:
     ) -> Sink:
         """Give the relay one more client: a non-blocking TCP socket, a transport or StreamWriter, or a connected UDP socket.
 
-        `join`: latest, oldest (all that the ring has) or next_sync; `begin`: the entry where it once left, instead. `on_lag`:
+        `join`: latest, oldest (all that the ring has) or next_sync; `begin`: where it once left (`Ending.cursor`), instead. Of a
+        file or a ring that is a position in its bytes, which holds for any relay of it; others count entries. `on_lag`:
         what happens to it when it is `lag_soft` entries behind (0: as many as the ring has): head_drop, drop_to_sync, disconnect.
         After `lag_hard_ms` in which it took nothing although there was something it is disconnected (0: never). Raises OSError
         for a socket that cannot be one (its errno and words say why), ValueError for a bad argument."""
@@ -167,7 +169,7 @@ class Relay:
 
 
 async def publish(
-    source: Target | IO[bytes] | int,
+    source: Target | IO[bytes] | Ring | int,
     *,
     framing: str = "raw",
     budget_ms: int = 0,
@@ -180,7 +182,8 @@ async def publish(
     """Open a relay: one source, many clients.
 
     `source`: a non-blocking TCP socket (or its transport or StreamWriter) whose peer sends the stream, a file on the share that
-    grows (from `offset` on), or the number of a UDP port of the host's. `framing`: raw, or mpegts, where entries are whole
+    grows (from `offset` on), a `Ring` there (from the position `offset` on, if it keeps that), or the number of a UDP port of the
+    host's. `framing`: raw, or mpegts, where entries are whole
     packets and sync points are known. `budget_ms` (0 to 1000): how long an entry may wait for others, so that each client gets
     several in one send. `ring_entries`: how far a client may fall behind; `entry_bytes`: the most that one entry takes of a byte
     stream. What the host cannot do this process does. Raises ValueError for a bad argument, OSError for a source that nobody can
@@ -214,7 +217,13 @@ async def publish(
         when_over=plan.resume,
         on_note=lambda note: None if taken.done() else taken.set_result(None),
     )
-    await asyncio.wait((reply, taken), return_when=asyncio.FIRST_COMPLETED)
+    try:
+        await asyncio.wait((reply, taken), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if plan.opened is not None:
+            if not taken.done():
+                reply.cancel()  # if it is still to be sent: the descriptor may be another file by then
+            plan.opened.close()
     if not taken.done():
         refusal = reply.result()
         if refusal.outcome == "local" and not isinstance(source, int):
@@ -245,22 +254,27 @@ async def _here(source: Any, reason: str, message: str, options: dict[str, Any])
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the host is asked. `resume` undoes what was done to the source for that."""
+    """How the host is asked. `resume` undoes what was done to the source for that, when it is back; `opened` is closed as soon as
+    the host has it."""
 
     reason: str | None
     fields: dict[str, object]
     fds: tuple[int, ...] = ()
     sock: Any = None
     resume: Callable[[], None] | None = None
+    opened: IO[bytes] | None = None
 
 
 async def _plan(source: Any, link: offload_asyncio.Link, absent: str | None) -> _Plan:
     if isinstance(source, int):
         return _Plan(absent, {"source": "udp", "port": source})
+    if isinstance(source, Ring):
+        reason = absent or link.elsewhere(source.path)
+        file = None if reason else open(source.path, "rb", buffering=0)  # noqa: SIM115
+        return _Plan(reason, {"source": "ring"}, (file.fileno(),) if file else (), opened=file)
     if not isinstance(source, socket.socket | asyncio.WriteTransport | asyncio.StreamWriter):
-        path = os.readlink(f"/proc/self/fd/{source.fileno()}")
-        shared = absent or (None if path.startswith(link.prefixes()) else "not_on_share")
-        return _Plan(shared, {"source": "file"}, (source.fileno(),))
+        reason = absent or link.elsewhere(os.readlink(f"/proc/self/fd/{source.fileno()}"))
+        return _Plan(reason, {"source": "file"}, (source.fileno(),))
     if absent is not None:
         _must_not_block(source)
         return _Plan(absent, {})

@@ -71,7 +71,7 @@ class Group:
         """A new sink."""
         begin = sink.options.begin
         if begin is not None:
-            sink.straggle(min(begin, self.session.ring.head))
+            self.session.begin_at(sink, begin)
         elif sink.options.join is Join.OLDEST:
             sink.straggle(self.session.ring.tail)
         elif sink.options.join is Join.NEXT_SYNC and self.session.options.framing is Framing.MPEGTS:
@@ -245,6 +245,8 @@ class Datagrams(Group):
 
     def plan(self, begin: int, end: int, skip: int = 0) -> Run:
         payloads = [self.session.load(one) for one in self.session.ring.window(begin, min(end, begin + fanout.MAX_BURST))]
+        if skip:
+            return DatagramRun(begin, [payloads[0][skip:]], 0)
         size = len(payloads[0])
         alike = [payloads[0]]
         if self.bursts:
@@ -265,8 +267,7 @@ class Datagrams(Group):
             sink.counts.refused += 1
             sink.straggle(run.begin)
         elif -result in _UNREACHABLE:
-            sink.counts.unreachable += run.end - run.begin
-            sink.straggle(run.end)
+            sink.pass_over(run)
         elif result < 0 and -result not in WAIT:
             self.session.leave(sink, Left.PEER_GONE, -result)
         else:

@@ -3,7 +3,8 @@
 line, it prints what it saw as JSON lines.
 
     udp FILE ADDRESS FIRST_PORT COUNT    a growing file to UDP sinks, until standard input ends
-    back_and_forth FILE PORT             one client that is called home and sent out again, entry by entry"""
+    back_and_forth FILE PORT             one client that is called home and sent out again, entry by entry
+    ring FILE PORT                       standard input by a ring to two clients, in one relay of it after the other"""
 
 from __future__ import annotations
 
@@ -65,10 +66,42 @@ async def back_and_forth(path: str, port: int) -> None:
         await relay.close()
 
 
+async def ring(path: str, port: int) -> None:
+    """Five relays of one ring, one after the other; the file is not open in between."""
+    loop = asyncio.get_running_loop()
+    with offload.Ring(path, size=1 << 20) as made, socket.create_server(("", port)) as listener:
+        listener.setblocking(False)
+        say(ready=True)
+        clients = [(await loop.sock_accept(listener))[0] for _ in range(2)]
+        for client in clients:
+            client.setblocking(False)
+        cursors: list[int | None] = [0] * len(clients)
+        for stay in range(5):
+            begin = min(cursor or 0 for cursor in cursors)
+            relay = await offload.publish(made, framing="mpegts", entry_bytes=1316 + 188 * stay, offset=begin)
+            sinks = [await relay.add_sink(client, begin=cursor) for client, cursor in zip(clients, cursors, strict=True)]
+            for _ in range(20):
+                made.write(await loop.run_in_executor(None, sys.stdin.buffer.read, 20_000))
+                await asyncio.sleep(0.005)
+            endings = [await relay.remove_sink(sink) for sink in sinks]
+            cursors = [ending.cursor for ending in endings]
+            await relay.close()
+            made.close()
+            say(path=relay.path, reason=relay.reason, cursors=cursors, written=made.position)
+        relay = await offload.publish(made, offset=min(cursor or 0 for cursor in cursors))
+        sinks = [await relay.add_sink(client, begin=cursor) for client, cursor in zip(clients, cursors, strict=True)]
+        made.end()
+        say(ended=await relay.over, endings=[asdict(await sink.wait()) for sink in sinks])
+        for client in clients:
+            client.close()
+
+
 def main() -> None:
     what, path, *more = sys.argv[1:]
     if what == "udp":
         asyncio.run(udp(path, more[0], int(more[1]), int(more[2])))
+    elif what == "ring":
+        asyncio.run(ring(path, int(more[0])))
     else:
         asyncio.run(back_and_forth(path, int(more[0])))
 
