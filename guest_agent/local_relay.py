@@ -12,8 +12,9 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -45,11 +46,11 @@ class Ending:
 
 
 class LocalSink:
-    """One client: `cursor` is the entry that it gets next, `offset` the byte of it where it begins, `early` the position that the
-    source must reach first. `over` is done when it has left."""
+    """One client of `relay`: `cursor` is the entry that it gets next, `offset` the byte of it where it begins, `early` the position
+    that the source must reach first. `over` is done when it has left."""
 
-    def __init__(self, target: Any, cursor: int) -> None:
-        self.target, self.cursor = target, cursor
+    def __init__(self, relay: LocalRelay, target: Any, cursor: int) -> None:
+        self.relay, self.target, self.cursor = relay, target, cursor
         self.offset = 0
         self.early: int | None = None
         self.sent = self.lost = 0
@@ -64,13 +65,15 @@ class LocalSink:
 
 
 class LocalRelay:
-    """See `begin`. `over` is done when the source gives no more: why."""
+    """See `begin`. `over` is done when the source gives no more: why. With `on_idle` it ends when its last sink has left, and says
+    so."""
 
     def __init__(self, source: Entries, *, ring_entries: int, positions: Positions, by_bytes: bool) -> None:
         self._source, self._positions, self._by_bytes = source, positions, by_bytes
         self._ring: deque[bytes] = deque(maxlen=ring_entries)
         self._sinks: set[LocalSink] = set()
         self._more = asyncio.Condition()
+        self.on_idle: Callable[[], None] | None = None
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.get_running_loop().create_task(self._read())
 
@@ -104,13 +107,25 @@ class LocalRelay:
             self._more.notify_all()
 
     def add_sink(self, target: Any, *, join: str, begin: int | None) -> LocalSink:
-        """Join rules as at the host, but that the next sync point is the next entry."""
-        sink = LocalSink(target, self._tail if join == "oldest" else self._head)
+        """Join rules as at the host, but that the next sync point is the next entry. Raises OSError."""
+        if isinstance(target, ssl.SSLSocket):
+            raise OSError(errno.EOPNOTSUPP, "asyncio cannot send on an SSLSocket: give its transport, or the StreamWriter")
+        sink = LocalSink(self, target, self._tail if join == "oldest" else self._head)
         sink.early = begin if begin is None or self._by_bytes else min(begin, self._head)
         self._sinks.add(sink)
         sink.task = asyncio.get_running_loop().create_task(self._send(sink))
-        sink.over.add_done_callback(lambda _: self._sinks.discard(sink))
+        sink.over.add_done_callback(lambda _: self._left(sink))
         return sink
+
+    def _left(self, sink: LocalSink) -> None:
+        self._sinks.discard(sink)
+        if self.on_idle is not None and not self._sinks:
+            self.end()
+            self.on_idle()
+
+    def keeps(self, position: int) -> bool:
+        """Whether what begins there is still here."""
+        return self._positions.of(self._tail) <= position
 
     async def _send(self, sink: LocalSink) -> None:
         resume = local.pause_reading(_transport(sink.target))
@@ -156,11 +171,16 @@ class LocalRelay:
         sink.removed = True
         await self._wake()
 
-    async def close(self) -> None:
-        """Everybody leaves."""
+    def end(self) -> None:
+        """Read no more; the sinks get what is here, and leave."""
         self._reader.cancel()
         if not self.over.done():  # a task that has not begun has no end either
             self.over.set_result("closed")
+        self._waking = asyncio.get_running_loop().create_task(self._wake())
+
+    async def close(self) -> None:
+        """Everybody leaves."""
+        self.end()
         for sink in list(self._sinks):
             sink.removed = True
         await self._wake()

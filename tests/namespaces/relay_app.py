@@ -4,17 +4,24 @@ line, it prints what it saw as JSON lines.
 
     udp FILE ADDRESS FIRST_PORT COUNT    a growing file to UDP sinks, until standard input ends
     back_and_forth FILE PORT             one client that is called home and sent out again, entry by entry
+    unmovable KIND FILE PORT CERTIFICATE standard input by a file or a ring (KIND) to three clients: of TLS at PORT, of Multipath
+                                         TCP at the next, of TCP at the one after
     ring FILE PORT                       standard input by a ring to two clients, in one relay of it after the other"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
+import ssl
 import sys
 from dataclasses import asdict
+from typing import IO
 
 from guest_agent import offload
+
+IPPROTO_MPTCP = 262
 
 
 def say(**facts: object) -> None:
@@ -66,6 +73,46 @@ async def back_and_forth(path: str, port: int) -> None:
         await relay.close()
 
 
+async def unmovable(kind: str, path: str, port: int, certificate: str) -> None:
+    """Those that the host cannot take are served from here."""
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as stack:
+        made: IO[bytes] | offload.Ring = offload.Ring(path, size=1 << 20) if kind == "ring" else open(path, "w+b", 0)  # noqa: SIM115
+        stack.enter_context(made)
+        listeners = [stack.enter_context(_listening(port + 1, IPPROTO_MPTCP)), stack.enter_context(_listening(port + 2, 0))]
+        relay = await offload.publish(made)
+        ciphers = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        ciphers.load_cert_chain(certificate)
+        met: asyncio.Future[asyncio.StreamWriter] = loop.create_future()
+        server = await asyncio.start_server(lambda _, writer: met.set_result(writer), "", port, ssl=ciphers)
+        say(path=relay.path, reason=relay.reason)
+        targets: list[offload.Target] = [await met, *[(await loop.sock_accept(one))[0] for one in listeners]]
+        for target in targets[1:]:
+            target.setblocking(False)  # type: ignore[union-attr]
+        made.write(sys.stdin.buffer.read(100_000))
+        sinks = [await relay.add_sink(target, join="oldest") for target in targets]
+        say(paths=[sink.path for sink in sinks], status=await relay.status())
+        while data := await loop.run_in_executor(None, sys.stdin.buffer.read, 20_000):
+            made.write(data)
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(0.3)
+        say(endings=[asdict(await relay.remove_sink(sink)) for sink in sinks])
+        for target in targets:
+            target.close()
+        await asyncio.sleep(0.1)
+        await relay.close()
+        server.close()
+
+
+def _listening(port: int, protocol: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("", port))
+    sock.listen()
+    sock.setblocking(False)
+    return sock
+
+
 async def ring(path: str, port: int) -> None:
     """Five relays of one ring, one after the other; the file is not open in between."""
     loop = asyncio.get_running_loop()
@@ -100,6 +147,8 @@ def main() -> None:
     what, path, *more = sys.argv[1:]
     if what == "udp":
         asyncio.run(udp(path, more[0], int(more[1]), int(more[2])))
+    elif what == "unmovable":
+        asyncio.run(unmovable(path, more[0], int(more[1]), more[2]))
     elif what == "ring":
         asyncio.run(ring(path, int(more[0])))
     else:

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -466,6 +467,43 @@ def _receive(sock: socket.socket, got: bytearray) -> None:
     with sock:
         while more := sock.recv(1 << 16):
             got += more
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """And its key."""
+    path = tmp_path_factory.mktemp("certificate") / "both.pem"
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=test -keyout"
+    subprocess.run(["openssl", *words.split(), str(path), "-out", str(path.with_suffix(".crt"))], check=True, capture_output=True)
+    path.write_bytes(path.read_bytes() + path.with_suffix(".crt").read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["file", "ring"])
+def test_clients_that_cannot_move(live: Deployment, share: Path, certificate: Path, kind: str) -> None:
+    """The relay is at the host; who speaks TLS or Multipath TCP gets the same bytes, from the guest."""
+    data = os.urandom(1_000_000)
+    got = [bytearray() for _ in range(3)]
+    ciphers = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    ciphers.check_hostname, ciphers.verify_mode = False, ssl.CERT_NONE
+    with application(live, "unmovable", kind, str(share / kind), "9000", str(certificate)) as process:
+        assert told(process) == {"path": "offloaded", "reason": None} and process.stdin is not None
+        with live.network.client.entered():
+            clients = [socket.create_connection((live.network.guest_address[4], 9000 + at), timeout=30) for at in range(3)]
+        clients[0] = ciphers.wrap_socket(clients[0])
+        threads = [threading.Thread(target=_receive, args=both) for both in zip(clients, got, strict=True)]
+        for thread in threads:
+            thread.start()
+        assert os.write(process.stdin.fileno(), data) == len(data)
+        seen = told(process)
+        assert seen["paths"] == ["local", "local", "offloaded"]
+        assert (seen["status"]["sink_count"], seen["status"]["sinks_here"]) == (1, 2)
+        process.stdin.close()
+        endings = told(process)["endings"]
+        for thread in threads:
+            thread.join(30)
+    assert [(one["cursor"], one["sent"], one["alive"]) for one in endings] == [(len(data), len(data), True)] * 3
+    assert got == [data] * 3
 
 
 RING = {"framing": "raw", "ring_entries": 64, "entry_bytes": 4096, "budget_ms": 0, "max_sinks": 10}
