@@ -50,6 +50,12 @@ class SourceReader:
         """See `splice.SessionStatus`."""
         return {}
 
+    def rest(self) -> None:
+        """Nothing is urgent before `catch_up`: what comes may wait where it is."""
+
+    def catch_up(self) -> None:
+        """Give the session what has come meanwhile."""
+
     def close(self) -> None:
         """Take no more. Idempotent."""
 
@@ -64,7 +70,7 @@ class SocketSource(SourceReader):
     def __init__(self, session: UserSession, sock: socket.socket) -> None:
         super().__init__(session)
         self._sock, self._engine = sock, session.engine
-        self._open = True
+        self._open, self._rests = True, False
         self._receives = min(RECEIVES, session.options.ring_entries // 2)
         sock.setblocking(False)
         self._engine.watch(sock.fileno(), self, select.EPOLLIN)
@@ -81,7 +87,16 @@ class SocketSource(SourceReader):
 
     def event(self, events: int) -> None:
         """Something has come, or the end."""
-        self._engine.schedule.add(self)
+        if not self._rests:
+            self._engine.schedule.add(self)
+
+    def rest(self) -> None:
+        self._rests = True
+
+    def catch_up(self) -> None:
+        if self._rests:
+            self._rests = False
+            self.turn()
 
     def turn(self) -> None:
         """See `schedule.Task`."""

@@ -39,6 +39,8 @@ from hypervisor_svc.splice_source import DatagramSource, SourceReader, StreamSou
 from hypervisor_svc.straggler import Sink
 
 SWEEP_INTERVAL = 0.25
+CALM_BYTES = TURN_BYTES // 4
+"""A source that brought no more within one latency budget may rest in the next."""
 
 
 class UserEngine:
@@ -116,7 +118,8 @@ class UserSession:
         self._groups: dict[Hashable, Group] = {}
         self._sinks: dict[int, Sink] = {}
         self._numbers = itertools.count(1)
-        self._bytes_in = 0
+        self._bytes_in = self._flushed = 0
+        self._calm = False
         self._closed = False
         self._syncs = SyncPoints() if options.framing is Framing.MPEGTS else None
         self._budget: asyncio.TimerHandle | None = None
@@ -137,7 +140,13 @@ class UserSession:
         if self.options.budget_ms == 0 or self._pending() >= TURN_BYTES:
             self.flush()
         elif self._budget is None and self.due < self.ring.head:
-            self._budget = self.engine.loop.call_later(self.options.budget_ms / 1000, self.flush)
+            self._budget = self.engine.loop.call_later(self.options.budget_ms / 1000, self._budget_over)
+            if self._calm:
+                self._source.rest()  # to be woken for each entry costs more than to send it
+
+    def _budget_over(self) -> None:
+        self._source.catch_up()
+        self.flush()
 
     def _pending(self) -> int:
         """Bytes that are not due yet; an estimate suffices."""
@@ -161,6 +170,8 @@ class UserSession:
         if self._budget is not None:
             self._budget.cancel()
             self._budget = None
+        self._calm = self._bytes_in - self._flushed < CALM_BYTES
+        self._flushed = self._bytes_in
         self.due = self.ring.head
         for group in self._groups.values():
             group.go_on()

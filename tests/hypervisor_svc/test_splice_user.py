@@ -8,6 +8,7 @@ import asyncio
 import os
 import random
 import socket
+from typing import Any
 
 import pytest
 
@@ -317,6 +318,37 @@ def test_anything_at_random_and_nobody_s_stream_changes() -> None:
                 if one.far.fileno() >= 0:
                     assert whole == len(one.got)
             assert seen > 1000
+
+    run(test)
+
+
+@pytest.mark.parametrize("source", ["tcp", "udp"])
+def test_a_calm_source_rests_within_the_budget_and_loses_nothing(source: str) -> None:
+    """Also when it is calm no more."""
+
+    async def test() -> None:
+        async with bench(source, budget_ms=100, ring_entries=4096) as made:
+            listener = made.listen()
+            reads, looked = 0, made.session.take
+
+            def take(payloads: Any) -> None:
+                nonlocal reads
+                reads += 1
+                looked(payloads)
+
+            made.session.take = take  # type: ignore[method-assign]
+            for number in range(100):
+                made.source.send(b"%04d" % number * 100)
+                await asyncio.sleep(0.01)
+            await made.until(lambda: len(listener.got) == 40_000, "all of it")
+            assert reads < 100, "it was not looked at for each"
+            surge = b"".join(b"%04d" % number * 1000 for number in range(700))
+            made.source.setblocking(False)
+            for at in range(0, len(surge), 20_000):
+                await made.loop.sock_sendall(made.source, surge[at : at + 20_000])
+            await made.until(lambda: len(listener.got) == 40_000 + len(surge), "the surge too")
+            assert listener.got.endswith(surge)
+            assert made.session.status().counts.lost == 0 and not made.session.status().source_dropped
 
     run(test)
 
