@@ -11,7 +11,7 @@ import random
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -426,21 +426,36 @@ def test_drop_to_sync() -> None:
 
 
 def test_random_disturbance_changes_nobody_elses_stream() -> None:
+    disturbed(2010, lambda rounds: rounds < 60)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(500)
+def test_five_minutes_of_random_disturbance() -> None:
+    end = time.monotonic() + 300
+    disturbed(2011, lambda rounds: time.monotonic() < end)
+
+
+def disturbed(seed: int, more: Callable[[int], bool]) -> None:
     """Joins, leaves, stalls, resets and closes at random; the steady sinks get every byte, the others whole entries."""
-    chosen = random.Random(2010)
+    chosen, fed, rounds = random.Random(seed), 0, 0
     with links(["udp4", "tcp4", "tcp6", "udp4"]) as (source, *steady):
         omss.set_source(source.near, ring=64)
         for sink in steady:
             omss.add_sink(source.near, sink.near, service_class=3)
         others: list[Link] = []
-        for first in range(0, 3000, 10):
-            feed(source, first, 10)
-            if first % 50 == 0:
-                read_bytes(steady, (first + 10) * PIECE)
-            disturb(chosen, source, others)
-        read_bytes(steady, 3000 * PIECE)
-        for sink in steady:
-            assert received(sink) == list(range(3000)) and outcome(sink).sent.drops.total == 0
+        while more(rounds):
+            for _ in range(5):
+                feed(source, fed, 10)
+                fed += 10
+                disturb(chosen, source, others)
+            read_bytes(steady, 50 * PIECE)
+            for sink in steady:
+                assert received(sink) == list(range(fed - 50, fed))
+                sink.got.clear()
+                sink.pieces.clear()
+            rounds += 1
+        assert all(outcome(sink).sent.drops.total == 0 for sink in steady)
         for sink in others:
             sink.close()
         wait_for(lambda: omss.status(source.near).sinks == len(steady), "who was closed has left")
