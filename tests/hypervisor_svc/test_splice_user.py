@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hypervisor_svc.herd import Datagrams
 from hypervisor_svc.ring import Join, OnLag
 from hypervisor_svc.splice import Framing, Left, SessionOptions, SinkOptions, SinkState
 from tests.hypervisor_svc.splice_bench import Bench, Listener, bench, feed, run
@@ -349,6 +350,32 @@ def test_a_calm_source_rests_within_the_budget_and_loses_nothing(source: str) ->
             await made.until(lambda: len(listener.got) == 40_000 + len(surge), "the surge too")
             assert listener.got.endswith(surge)
             assert made.session.status().counts.lost == 0 and not made.session.status().source_dropped
+
+    run(test)
+
+
+def test_bursts_of_one_length_and_what_comes_between() -> None:
+    """Datagrams stay what they are, whatever their sockets were told of the lengths before; and a socket that leaves forgets it."""
+
+    async def test() -> None:
+        chance, sent = random.Random(3), list[bytes]()
+        async with bench("udp", budget_ms=5) as made:
+            herd = [made.listen(udp=True) for _ in range(5)]
+            for _ in range(60):
+                length = chance.choice([1400, 1400, 1400, 700, 3000])
+                for _ in range(chance.choice([1, 4, 4])):
+                    data = os.urandom(length)
+                    made.source.send(data)
+                    sent.append(data)
+                await asyncio.sleep(0.006)
+            await made.until(lambda: all(len(one.datagrams) == len(sent) for one in herd), "all came")
+            assert all(one.datagrams == sent for one in herd)
+            (group,) = made.session._groups.values()
+            assert isinstance(group, Datagrams) and group.segment
+            parting = made.session.remove_sink(herd[0].number)
+            assert parting.counts.turns < parting.counts.entries == len(sent)
+            herd[0].near.send(bytes(3 * 1400))
+            await made.until(lambda: herd[0].datagrams[-1] == bytes(3 * 1400), "one datagram, as before")
 
     run(test)
 
