@@ -13,7 +13,7 @@ Of the VM that leaves its host and comes back: {"v":1,"op":"attend","id":8}; the
 Of relays (all fields: `guest_agent/relays.py`):
 
     application -> agent  {"v":1,"op":"publish","id":10,"token":"...","source":"connection","source_token":"...",...} with
-                          [socket]; "source":"file","offset":0 with [file]; "source":"udp","port":N
+                          [socket]; "source":"file" or "ring","offset":0 with [file]; "source":"udp","port":N
                           {"v":1,"op":"add_sink","id":11,"token":"...","relay":"...","priority":...} with [socket];
                           {"v":1,"op":"add_udp",...} with [connected UDP socket]
                           {"v":1,"op":"remove_sink","id":12,"token":"...","relay":"..."}, "close_relay", "relay_status"
@@ -73,8 +73,8 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """How a request ended; `sent` bytes were delivered by the host. `cursor`: of a relay's sink, the entry that it would have got
-    next; `away`: the VM is leaving its host."""
+    """How a request ended; `sent` bytes were delivered by the host. `cursor`: of a relay's sink, the position where it would have
+    gone on; `away`: the VM is leaving its host."""
 
     outcome: str
     sent: int
