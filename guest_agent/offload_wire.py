@@ -6,12 +6,14 @@
                           with [socket, file]; {"v":1,"op":"reclaim","id":8,"token":"..."} with [socket];
                           {"v":1,"op":"status","id":9}
     agent -> application  {"v":1,"id":7,"outcome":"offloaded"|"local"|"failed","sent":N,"reason":...,"message":"...",
-                          "errno":...,"cursor":...} or {"v":1,"id":9,"status":{...}}
+                          "errno":...,"cursor":...,"away":...} or {"v":1,"id":9,"status":{...}}
+
+Of the VM that leaves its host and comes back: {"v":1,"op":"attend","id":8}; the rest is in `offload_move.py`.
 
 Of relays (all fields: `guest_agent/relays.py`):
 
     application -> agent  {"v":1,"op":"publish","id":10,"token":"...","source":"connection","source_token":"...",...} with
-                          [socket]; "source":"file","offset":0 with [file]; "source":"udp","port":N
+                          [socket]; "source":"file" or "ring","offset":0 with [file]; "source":"udp","port":N
                           {"v":1,"op":"add_sink","id":11,"token":"...","relay":"...","priority":...} with [socket];
                           {"v":1,"op":"add_udp",...} with [connected UDP socket]
                           {"v":1,"op":"remove_sink","id":12,"token":"...","relay":"..."}, "close_relay", "relay_status"
@@ -71,8 +73,8 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """How a request ended; `sent` bytes were delivered by the host. `cursor`: of a relay's sink, the entry that it would have got
-    next."""
+    """How a request ended; `sent` bytes were delivered by the host. `cursor`: of a relay's sink, the position where it would have
+    gone on; `away`: the VM is leaving its host."""
 
     outcome: str
     sent: int
@@ -80,6 +82,7 @@ class Reply:
     message: str
     errno: int | None = None
     cursor: int | None = None
+    away: bool = False
 
 
 def here(reason: str) -> Reply:
@@ -138,6 +141,16 @@ def encode_status(number: int) -> bytes:
     return f'{{"v":1,"op":"status","id":{number}}}'.encode()
 
 
+def encode_attend(number: int) -> bytes:
+    """Wants to hear of the VM's leaving and coming back; goes alone."""
+    return f'{{"v":1,"op":"attend","id":{number}}}'.encode()
+
+
+def encode_let_go_of(number: int) -> bytes:
+    """Everything that was open on the share is let go of; goes alone."""
+    return f'{{"v":1,"op":"let_go_of","id":{number}}}'.encode()
+
+
 def encode_relay(operation: str, number: int, **fields: object) -> bytes:
     """Any of the requests that concern relays."""
     return json.dumps({"v": 1, "op": operation, "id": number, **fields}).encode()
@@ -186,7 +199,7 @@ def read_reply(message: Message) -> Reply:
     if outcome not in ("offloaded", "local", "failed") or type(sent) is not int or sent < 0:
         raise ValueError(f"outcome {outcome!r}, sent {sent!r}")
     reason, words = message.get("reason"), message.get("message") or ""
-    return Reply(outcome, sent, reason, words, message.get("errno"), message.get("cursor"))
+    return Reply(outcome, sent, reason, words, message.get("errno"), message.get("cursor"), message.get("away") is True)
 
 
 # The connection.

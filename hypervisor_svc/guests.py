@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import logging
 import struct
 from collections import OrderedDict, deque
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.errors import GuestError, HandoffError, HostError, Reason
 from guest_agent.handoff.hold import Hold
+from guest_agent.handoff.presence import Presence
 from guest_agent.handoff.segment import is_intact
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Established, Event, Header, Message, Violation
@@ -32,12 +32,11 @@ from hypervisor_svc.policy import (
     check_flow,
     read_job,
     read_relay_job,
-    read_relay_plan,
     read_token,
-    read_udp_job,
 )
 from hypervisor_svc.redirect import Flow, Redirect
 from hypervisor_svc.relay import RelayLimits, Relays, choose
+from hypervisor_svc.relay_words import RelayWords
 from hypervisor_svc.schedule import Schedule
 from hypervisor_svc.serve import Server
 from hypervisor_svc.splice_user import UserEngine
@@ -105,7 +104,9 @@ class Guests:
             on_gone=self._client_gone,
             on_lagged=self._lagged,
         )
+        self._relay_words = RelayWords(self.relays, go_home=self._finished)
         self._homeward: deque[Connection] = deque()
+        self._kept: set[Connection] = set()
         self._by_uuid: dict[str, Guest] = {}
         self._by_cookie: dict[int, Connection] = {}
         self._offered_flows: OrderedDict[str, Flow] = OrderedDict()
@@ -150,15 +151,19 @@ class Guests:
             return
         assert guest.channel is not None
         guest.channel.stop()
+        guest.gone = True
         self.relays.guest_gone(guest)
         for connection in list(guest.connections.values()):
             self._recall(connection)
             self._end(connection)
+        guest.changed()
 
     def close(self) -> None:
         """Stop everything; what is still out is ended."""
         for uuid in list(self._by_uuid):
             self.machine_down(uuid)
+        for connection in list(self._kept):
+            self._end(connection)
         self._server.close()
         if self._engine is not self._user_engine:
             self._engine.close()
@@ -169,14 +174,53 @@ class Guests:
             self._loop.remove_reader(self._keep)
 
     def hand_back_all(self, guest: Guest, reason: Reason, token: str | None = None) -> int:
-        """Stop transfers at a byte boundary and send their connections home; the application sends the rest itself."""
+        """Stop transfers at a byte boundary and send their connections home, soon; the application sends the rest itself."""
         chosen = [c for c in guest.connections.values() if c.state is Host.SERVING and token in (None, c.token)]
         for connection in chosen:
-            if not connection.finished:
+            if connection.reason is None:
                 connection.reason, connection.message = reason, "the host gives the connection back"
             self._stop(connection)
-            self._finished(connection)
+            self._go_home(connection)
         return len(chosen)
+
+    # A VM that leaves. The order of its steps is in `leave.py`.
+
+    def call_home(self, guest: Guest) -> None:
+        """Everything of a VM that is leaving."""
+        for relay in list(guest.relays.values()):
+            self.relays.close(relay)
+        self.hand_back_all(guest, Reason.DRAINING)
+
+    def take_again(self, guest: Guest) -> None:
+        """It stays after all, or has come back."""
+        guest.draining = False
+
+    def keep(self, connection: Connection) -> bool:
+        """The rest of a file is sent from here, whoever was to have the connection; False if that is not to be."""
+        if isinstance(connection.job, RelayJob) or connection.direct:
+            return False
+        if connection.state is Host.RETURNING:
+            try:
+                self._hand_back.take_again(connection)
+            except (HandoffError, OSError):
+                return False
+        self._tell_failed(connection, errno.ECONNABORTED, Reason.KEPT, "the host that the VM left sends the rest and closes")
+        connection.kept = True
+        connection.guest.counters["kept"] += 1
+        connection.guest.connections.pop(connection.token, None)
+        self._kept.add(connection)
+        with contextlib.suppress(ValueError):
+            self._homeward.remove(connection)
+        if connection.timer is not None:
+            connection.timer.cancel()
+        self._server.add(connection)
+        return True
+
+    def end_late(self, connection: Connection) -> None:
+        """One that did not come home in time."""
+        self._recall(connection)
+        self._end(connection)
+        self._tell_failed(connection, errno.ECONNRESET, Reason.TIMED_OUT, "the connection did not come home before the VM left")
 
     def _stop(self, connection: Connection) -> None:
         """Send nothing more; idempotent."""
@@ -195,20 +239,23 @@ class Guests:
             if same:
                 self._say_again(guest)
             else:
-                self._close_relays(guest)
+                self._another_life(guest)
+            guest.changed()
         elif isinstance(event, Violation):
             self._count_refusal(guest, event.reason, event.message)
 
     def _message(self, guest: Guest, event: Message) -> None:
-        handler: Callable[[Guest, Header, bytes], None] | None = getattr(self, f"_on_{event.header['type']}", None)
+        kind = event.header["type"]
+        found = getattr(self, f"_on_{kind}", None) or getattr(self._relay_words, f"on_{kind}", None)
+        handler: Callable[[Guest, Header, bytes], None] | None = found
         try:
             if handler is None:
-                raise GuestError(Reason.BAD_REQUEST, f"message type {event.header['type']!r:.40}")
+                raise GuestError(Reason.BAD_REQUEST, f"message type {kind!r:.40}")
             handler(guest, event.header, event.body)
         except HandoffError as error:
             self._count_refusal(guest, error.reason, str(error))
         except OSError as error:
-            log.exception("%s: %s", guest.machine.name, event.header["type"])
+            log.exception("%s: %s", guest.machine.name, kind)
             self._count_refusal(guest, Reason.RESTORE_FAILED, str(error))
 
     def _count_refusal(self, guest: Guest, reason: Reason, message: str) -> None:
@@ -218,6 +265,7 @@ class Guests:
 
     def _down(self, guest: Guest) -> None:
         """The channel is lost. Transfers go on; what nobody claims in time is ended."""
+        guest.changed()
         self._loop.call_later(self._limits.orphan_timeout, self._end_orphans, guest)
 
     def _end_orphans(self, guest: Guest) -> None:
@@ -227,8 +275,10 @@ class Guests:
             if connection.finished or connection.state is Host.RETURNING:
                 self._end(connection)
 
-    def _close_relays(self, guest: Guest) -> None:
-        """Another life of the agent does not know for whom it opened them. Their connections go home, to those who ask for them."""
+    def _another_life(self, guest: Guest) -> None:
+        """Another life of the agent does not know for whom it opened relays. Their connections go home, to those who ask for them.
+        Whether it is here it says itself."""
+        guest.draining, guest.presence, guest.presence_message = False, Presence.HERE, ""
         for relay in list(guest.relays.values()):
             self.relays.close(relay)
 
@@ -311,53 +361,6 @@ class Guests:
             connection.reason, connection.message = error.reason, str(error)
             self._finished(connection)
 
-    # What a guest says of relays.
-
-    def _on_relay_open(self, guest: Guest, header: Header, body: bytes) -> None:
-        token = read_token(header)
-        try:
-            self.relays.open(guest, read_relay_plan(header))
-        except HandoffError as error:
-            self._refuse_relay(guest, token, token, error)
-            raise
-        guest.send({"type": "relay_opened", "relay": token})
-
-    def _on_relay_close(self, guest: Guest, header: Header, body: bytes) -> None:
-        relay = guest.relays.get(read_token(header))
-        if relay is not None:
-            self.relays.close(relay)
-
-    def _on_relay_remove(self, guest: Guest, header: Header, body: bytes) -> None:
-        """A sink, or the source, is to come home."""
-        connection = guest.connections.get(read_token(header))
-        if connection is not None and connection.relay is not None:
-            self.relays.release(connection)
-            self._finished(connection)
-
-    def _on_relay_udp(self, guest: Guest, header: Header, body: bytes) -> None:
-        token = read_token(header)
-        try:
-            job = read_udp_job(header)
-            self.relays.add_udp(guest, job)
-        except HandoffError as error:
-            self._refuse_relay(guest, str(header.get("relay")), token, error)
-            raise
-        guest.send({"type": "relay_udp_added", "relay": job.relay, "token": token})
-
-    def _on_relay_udp_remove(self, guest: Guest, header: Header, body: bytes) -> None:
-        relay = guest.relays.get(str(header.get("relay")))
-        if relay is not None:
-            self.relays.remove_udp(relay, read_token(header))
-
-    def _on_relay_status(self, guest: Guest, header: Header, body: bytes) -> None:
-        relay = guest.relays.get(read_token(header))
-        row = self.relays.row(relay, sinks=False) if relay is not None else None
-        guest.send({"type": "relay_status", "relay": read_token(header)}, json.dumps(row).encode())
-
-    def _refuse_relay(self, guest: Guest, relay: str, token: str, error: HandoffError) -> None:
-        reply = {"type": "relay_refused", "relay": relay, "token": token, "reason": error.reason.value}
-        guest.send({**reply, "message": str(error), "errno": error.errno})
-
     def _on_standing_by(self, guest: Guest, header: Header, body: bytes) -> None:
         connection = guest.connections.get(read_token(header))
         if connection is None or connection.state is not Host.SERVING:
@@ -437,12 +440,27 @@ class Guests:
             return GuestError(Reason.UNKNOWN_TRANSFER, "the host does not have this connection")
         return HostError(Reason.HOST_LOST, "the host's service was restarted meanwhile")
 
+    def _on_presence(self, guest: Guest, header: Header, body: bytes) -> None:
+        """`leave.py` waits for it; a VM that comes back by itself is as welcome as one that was called."""
+        try:
+            state = Presence(header.get("state"))
+        except ValueError:
+            raise GuestError(Reason.BAD_REQUEST, f"presence {header.get('state')!r:.40}") from None
+        guest.presence, guest.presence_message = state, str(header.get("message", ""))[:500]
+        guest.answers = header.get("call") == guest.call
+        if guest.stays:
+            guest.draining = False
+        guest.changed()
+
     # What becomes of a connection.
 
     def _finished(self, connection: Connection) -> None:
         """Sent and acknowledged, or stopped: it goes home, if there is a home."""
         guest = connection.guest
         if connection.state is not Host.SERVING:
+            return
+        if connection.kept:
+            self._close(connection)
             return
         if guest.channel is None or guest.channel.state != "hello":
             self._loop.call_later(self._limits.orphan_timeout, self._end_orphans, guest)
@@ -509,13 +527,15 @@ class Guests:
         self._end(connection)
         self._tell_failed(connection, errno.ETIMEDOUT)
 
-    def _tell_failed(self, connection: Connection, number: int) -> None:
+    def _tell_failed(self, connection: Connection, number: int, reason: Reason | None = None, message: str = "") -> None:
+        if connection.kept:
+            return  # it was told
         failure = {
             "type": "failed",
             "token": connection.token,
             "errno": number,
-            "reason": (connection.reason or Reason.PEER_GONE).value,
-            "message": connection.message or "the client is gone",
+            "reason": (reason or connection.reason or Reason.PEER_GONE).value,
+            "message": message or connection.message or "the client is gone",
             "sent": connection.sent,
         }
         self._remember(self._over, connection.token, failure)
@@ -549,6 +569,8 @@ class Guests:
 
     def _forget(self, connection: Connection) -> None:
         connection.guest.connections.pop(connection.token, None)
+        connection.guest.changed()
+        self._kept.discard(connection)
         self._by_cookie.pop(connection.cookie, None)
         if connection.timer is not None:
             connection.timer.cancel()

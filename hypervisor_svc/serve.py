@@ -72,7 +72,11 @@ class Server:
         assert connection.sock is not None
         fd = connection.sock.fileno()
         self._by_fd[fd] = _Sending(connection, self._advance)
-        self._advance(connection)
+        if connection.finished:  # it was on its way home, and ends here
+            self._waiting_for_ack.add(connection)
+            self._check_acknowledged(connection)
+        else:
+            self._advance(connection)
         if fd in self._by_fd:
             self._epoll.register(fd, _EVENTS)
 

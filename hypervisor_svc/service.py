@@ -15,17 +15,16 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from guest_agent.handoff.backend import Backend, choose
 from guest_agent.handoff.errors import HandoffError, Reason
 from guest_agent.handoff.hold import Hold
-from hypervisor_svc import __version__
+from hypervisor_svc import __version__, leave
 from hypervisor_svc.bridge import BridgedRedirect
 from hypervisor_svc.config import Config
 from hypervisor_svc.connection import Connection, Guest
-from hypervisor_svc.control import ControlServer
+from hypervisor_svc.control import ControlError, ControlServer, Handler
 from hypervisor_svc.domains import Domains, Machine
 from hypervisor_svc.guests import Guests, Limits
 from hypervisor_svc.inject import Injector
@@ -46,6 +45,7 @@ class Service:
         self._stack = contextlib.AsyncExitStack()
         self._started = time.monotonic()
         self._lossless = False
+        self._domains: Domains | None = None
         self._guests: Guests
         self._redirect: BridgedRedirect
         self._backend: Backend
@@ -129,9 +129,9 @@ class Service:
             )
             self._machine_up(machine)
         if self._config.libvirt.enabled:
-            domains = Domains(self._config.libvirt.uri, on_up=self._machine_up, on_down=self._guests.machine_down)
-            domains.start()
-            stack.callback(domains.stop)
+            self._domains = Domains(self._config.libvirt.uri, on_up=self._machine_up, on_down=self._guests.machine_down)
+            self._domains.start()
+            stack.callback(self._domains.stop)
 
     def _machine_up(self, machine: Machine) -> None:
         priority = self._config.policy.vm_priority.get(machine.name, machine.priority)
@@ -149,12 +149,16 @@ class Service:
 
     # The control socket's commands.
 
-    def _commands(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+    def _commands(self) -> dict[str, Handler]:
         return {
             "status": self._status,
             "connections": self._connections,
             "relays": self._relays,
             "hand_back": self._hand_back,
+            "leave": self._leave,
+            "return": self._return,
+            "expect": self._expect,
+            "meet": self._meet,
         }
 
     def _status(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -184,12 +188,42 @@ class Service:
         return {"relays": self._guests.relays.rows(iter(self._guests))}
 
     def _hand_back(self, request: dict[str, Any]) -> dict[str, Any]:
-        name, token = request.get("machine"), request.get("token")
-        found = [guest for guest in self._guests if guest.machine.name == name]
+        guest = self._guest(request)
+        return {"handed_back": self._guests.hand_back_all(guest, Reason.OPERATOR, request.get("token"))}
+
+    def _guest(self, request: dict[str, Any]) -> Guest:
+        name = request.get("machine")
+        found: list[Guest] = [guest for guest in self._guests if guest.machine.name == name]
         if not found:
             known = ", ".join(guest.machine.name for guest in self._guests) or "none"
-            raise ValueError(f"no VM named {name!r} has a channel here (known: {known})")
-        return {"handed_back": self._guests.hand_back_all(found[0], Reason.OPERATOR, token)}
+            hint = "'streamlift attach' gives a VM the channel"
+            raise ControlError(f"no VM named {name!r} has a channel here (known: {known})", hint)
+        return found[0]
+
+    async def _leave(self, request: dict[str, Any]) -> dict[str, Any]:
+        deadline, late = float(request.get("deadline", leave.DEADLINE)), leave.Late(request.get("late", leave.Late.FINISH))
+        if deadline < 0:
+            raise ValueError("deadline must not be negative")
+        return await leave.leave(self._guests, self._guest(request), deadline=deadline, late=late)
+
+    async def _return(self, request: dict[str, Any]) -> dict[str, Any]:
+        return await leave.come_back(self._guests, self._guest(request))
+
+    def _expect(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A VM is about to come (libvirt's hook says so): look at once."""
+        log.info("%s is expected", request.get("machine"))
+        if self._domains is not None:
+            self._domains.refresh()
+        return {"version": __version__, "machines": [guest.machine.name for guest in self._guests]}
+
+    async def _meet(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Until the VM has come and works with this host."""
+        until = time.monotonic() + float(request.get("seconds", leave.RETURN_LIMIT))
+        while not any(guest.machine.name == request.get("machine") for guest in self._guests):
+            if time.monotonic() >= until:
+                self._guest(request)
+            await asyncio.sleep(0.02)
+        return await leave.meet(self._guest(request), seconds=max(0.0, until - time.monotonic()))
 
 
 def _resident_bytes() -> int:
@@ -203,6 +237,7 @@ def _machine_status(guest: Guest) -> dict[str, Any]:
         "name": guest.machine.name,
         "uuid": guest.machine.uuid,
         "channel": guest.channel.state if guest.channel else "down",
+        "presence": guest.presence.value,
         "agent_version": guest.hello.get("agent_version"),
         "kernel": guest.hello.get("kernel"),
         "backend": guest.backend,

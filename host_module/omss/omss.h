@@ -121,7 +121,7 @@ void omss_members_stop(void);
 /* mpegts.c */
 struct omss_ts {
 	u32 pending;			/* bytes after ring.room.offset that are no entry yet */
-	bool lost;			/* inside a gap */
+	bool lost;			/* memory was short: till the next packet */
 	bool have_pat;
 	u64 pat;			/* the entry that holds the last PAT */
 	DECLARE_BITMAP(programs, OMSS_TS_PIDS);	/* PIDs of its PMTs */

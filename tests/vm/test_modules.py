@@ -61,7 +61,7 @@ def test_socket_offload(series: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("series", SERIES)
 def test_omss(series: str, tmp_path: Path) -> None:
     """Streams, ends, loads under traffic; a little nonsense; and live streams through the whole product."""
-    suites = [f"tests/host_module/omss/test_{name}.py" for name in ("sessions", "ends")]
+    suites = [f"tests/host_module/omss/test_{name}.py" for name in ("sessions", "ends", "shortage")]
     script = f"""{pytest_command(*suites)}
         {sys.executable} -m tests.host_module.omss.fuzz --minutes 0.1
         STREAMLIFT_RELAY_ENGINE=omss {pytest_command("tests/namespaces/test_relay.py", "-k", RELAYED[series])}
