@@ -188,7 +188,7 @@ class Guests:
     def call_home(self, guest: Guest) -> None:
         """Everything of a VM that is leaving."""
         for relay in list(guest.relays.values()):
-            self.relays.close(relay)
+            self.relays.leave(relay)
         self.hand_back_all(guest, Reason.DRAINING)
 
     def take_again(self, guest: Guest) -> None:
@@ -474,6 +474,7 @@ class Guests:
         try:
             self._hand_back.hand_back(connection)
         except (HandoffError, OSError) as error:
+            log.info("%s: %s cannot go home: %s", guest.machine.name, connection.flow.client, error)
             self._client_gone(connection, error.errno or errno.ECONNRESET)
             return
         connection.timer = self._loop.call_later(RETURN_LIMIT, self._never_came_home, connection)
