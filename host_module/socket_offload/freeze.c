@@ -26,7 +26,8 @@ u32 skoff_unsuitable(struct sock *sk)
 {
 	if (sk_is_mptcp(sk))
 		return SKOFF_REASON_MPTCP;
-	if (inet_csk_has_ulp(sk) || READ_ONCE(sk->sk_user_data)) /* sockmap and others: no ULP, but above us */
+	/* A sockmap, and others, are no ULP, but sit on it too. */
+	if (inet_csk_has_ulp(sk) || READ_ONCE(sk->sk_user_data))
 		return SKOFF_REASON_ULP;
 	if (skoff_is_signed(tcp_sk(sk)))
 		return SKOFF_REASON_SIGNED;
@@ -53,7 +54,10 @@ bool skoff_is_frozen(const struct sock *sk)
 	return tcp_sk(sk)->repair;
 }
 
-/* Linux 6.1 lets a FIN go though the flight is full (tcp_cwnd_test()): one that waits is none until the thaw. */
+/*
+ * Linux 6.1 lets a FIN go though the flight is full (tcp_cwnd_test()): one that
+ * waits is none until the thaw.
+ */
 static void mark_waiting_fin(struct sock *sk, bool fin)
 {
 	struct sk_buff *last = tcp_write_queue_tail(sk);
@@ -136,7 +140,8 @@ static void resume_timers(struct sock *sk)
 		inet_csk_reset_xmit_timer(sk, ICSK_TIME_PROBE0, icsk->icsk_rto, TCP_RTO_MAX);
 	if (sock_flag(sk, SOCK_KEEPOPEN) && skoff_in(sk->sk_state, SKOFF_STATES))
 		inet_csk_reset_keepalive_timer(sk, keepalive_time_when(tp));
-	if (tp->rcv_nxt != tp->rcv_wup || !RB_EMPTY_ROOT(&tp->out_of_order_queue)) { /* the peer waits for an ACK, perhaps */
+	/* The peer waits for an ACK, perhaps. */
+	if (tp->rcv_nxt != tp->rcv_wup || !RB_EMPTY_ROOT(&tp->out_of_order_queue)) {
 		inet_csk_schedule_ack(sk);
 		inet_csk_reset_xmit_timer(sk, ICSK_TIME_DACK, 1, TCP_DELACK_MAX);
 	}
@@ -150,7 +155,10 @@ static void send_later(struct sock *sk)
 		sock_hold(sk);
 }
 
-/* So much time (of skoff_clock_ts()) has not passed: not for the peer, nor for what gives up or grows with time. */
+/*
+ * So much time (of skoff_clock_ts()) has not passed: not for the peer, nor for what
+ * gives up or grows with time.
+ */
 static void skip(struct sock *sk, u32 time)
 {
 	struct tcp_sock *tp = tcp_sk(sk);

@@ -229,7 +229,8 @@ static int set_negotiated(struct sock *sk, const struct skoff_snapshot *s)
 	rx->sack_ok = s->flags & SKOFF_SACK ? TCP_SACK_SEEN : 0;
 	rx->tstamp_ok = !!(s->flags & SKOFF_TIMESTAMPS);
 	rx->mss_clamp = s->mss_clamp;
-	tp->mss_cache -= options - (int)(tp->tcp_header_len - sizeof(struct tcphdr)); /* connect() took ours for granted */
+	/* connect() took this machine's options for granted. */
+	tp->mss_cache -= options - (int)(tp->tcp_header_len - sizeof(struct tcphdr));
 	tp->tcp_header_len = sizeof(struct tcphdr) + options;
 	if (s->mss_cache)
 		tp->mss_cache = clamp_t(u32, s->mss_cache, TCP_MIN_MSS, tp->mss_cache);
@@ -273,7 +274,10 @@ static int receive_fin(struct sock *sk, const struct skoff_snapshot *s)
 	return 0;
 }
 
-/* Bytes and our FIN, as sent or as waiting. tcp_shutdown() makes the FIN. No window: nothing leaves meanwhile. */
+/*
+ * Bytes and our FIN, as sent or as waiting. tcp_shutdown() makes the FIN. Without a
+ * window nothing leaves meanwhile.
+ */
 static int fill_send_queue(struct sock *sk, const struct blob *blob)
 {
 	const struct skoff_snapshot *s = &blob->snapshot;

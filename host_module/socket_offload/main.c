@@ -114,7 +114,8 @@ static long import(void __user *user)
 
 	if (err)
 		return err;
-	if (call.flags & ~(SKOFF_BIND | SKOFF_OPTIONS) || memchr_inv(call.reserved, 0, sizeof(call.reserved)))
+	if (call.flags & ~(SKOFF_BIND | SKOFF_OPTIONS) ||
+	    memchr_inv(call.reserved, 0, sizeof(call.reserved)))
 		return -EINVAL;
 	sock = get_socket(call.fd, &call.reason);
 	if (IS_ERR(sock)) {

@@ -15,11 +15,12 @@
  *
  * Frozen means: the socket sends nothing of its own, neither data nor ACK, no
  * retransmission, no keepalive, no window probe; send(2) and recv(2) on it
- * fail with EINVAL or EPERM. It takes in nothing as long as the filter given as `filter` is
- * attached. Its clocks stand still: TSval, what its timers count, its congestion control's.
- * ICMP is heard: a smaller path MTU is noted, and what was too large is sent again
- * after the thaw. What the kernel does not refuse in repair mode is its holder's own doing: shutdown(2),
- * TCP_NODELAY and TCP_CORK push what is queued. A frozen socket belongs to whoever
+ * fail with EINVAL or EPERM. It takes in nothing as long as the filter given as
+ * `filter` is attached. Its clocks stand still: TSval, what its timers count, its
+ * congestion control's. ICMP is heard: a smaller path MTU is noted, and what was
+ * too large is sent again after the thaw. What the kernel does not refuse in repair
+ * mode is its holder's own doing: shutdown(2), TCP_NODELAY and TCP_CORK push what
+ * is queued. A frozen socket belongs to whoever
  * holds its descriptor, not to the process that froze it: if that dies, the
  * socket stays frozen (two copies may exist, two live owners never), and any
  * other process with a descriptor may thaw, abort, import or close it. Nothing
@@ -28,8 +29,8 @@
  * All calls need CAP_NET_ADMIN in the network namespace of the socket. Numbers
  * are in the byte order of the machine. Structures grow at their end: `size`
  * says how much the caller knows, and what it does not know is left out. A size
- * below that of version 1 is refused, and so is one that tells what this kernel does not know
- * (E2BIG). SKOFF_VERSION changes with the meaning of what is there.
+ * below that of version 1 is refused, and so is one that tells what this kernel does
+ * not know (E2BIG). SKOFF_VERSION changes with the meaning of what is there.
  *
  * Errors of all calls:
  *	EBADF		`fd` is no open descriptor
@@ -84,7 +85,7 @@
  * does not know the kind refuses the blob, and all else in it stays where it is.
  */
 #define SKOFF_UPPER_NONE		0
-#define SKOFF_UPPER_TLS		1	/* keys, sequence numbers and records under way, of struct tls_context */
+#define SKOFF_UPPER_TLS		1	/* keys, record numbers, records under way */
 
 #define SKOFF_CA_NAME		16
 #define SKOFF_CA_PRIVATE		104
@@ -230,8 +231,9 @@ struct skoff_export {
  * frozen one that stands at the same ends with empty queues is completed in
  * place: the kernel knows the connection at every moment. Any other is rebuilt,
  * and unknown to the kernel meanwhile. On an error a frozen socket may be left
- * closed, and is not frozen then; its descriptor stays valid. Buffers get what the blob says, but no
- * more than anybody could have here (tcp_wmem, wmem_max and tcp_rmem, rmem_max). With SKOFF_BIND the local end is `local` and
+ * closed, and is not frozen then; its descriptor stays valid. Buffers get what the
+ * blob says, but no more than anybody could have here (tcp_wmem, wmem_max; tcp_rmem,
+ * rmem_max). With SKOFF_BIND the local end is `local` and
  * `local_port` and not the snapshot's. SKOFF_OPTIONS: set its socket options too.
  * EADDRINUSE, EADDRNOTAVAIL, ENETUNREACH ... as bind(2) and connect(2).
  */
