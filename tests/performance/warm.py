@@ -62,12 +62,12 @@ class Plan:
 
     segments: int
     repeats: int
-    timeout: float
+    timeout: float = 1800
     congestions: tuple[str, ...] = CONGESTIONS
 
 
-FULL = Plan(segments=30, repeats=3, timeout=1800)
-QUICK = Plan(segments=10, repeats=1, timeout=600, congestions=CONGESTIONS[:1])
+FULL = Plan(segments=30, repeats=3)
+QUICK = Plan(segments=10, repeats=1, congestions=CONGESTIONS[:1])
 
 CLIENT = """
 import json, socket, sys, time
@@ -152,8 +152,9 @@ def deployments(folder: Path) -> Iterator[dict[str, Deployment]]:
         yield found
 
 
-def inside(plan: Plan, congestion: str) -> None:
-    """Print the rows and what the media servers counted."""
+def inside(plan: Plan) -> None:
+    """Print the rows and what the media servers counted, for one congestion control."""
+    (congestion,) = plan.congestions
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, deployments(Path(folder)) as sides:
         for deployment in sides.values():
@@ -234,9 +235,9 @@ def plot(report: Report, path: Path, plan: Plan) -> None:
             axis.legend()
 
 
-def measure(report: Report, plan: Plan, congestion: str, *, quick: bool) -> None:
+def measure(report: Report, plan: Plan, congestion: str) -> None:
     """One congestion control, in a VM of its own, into the report."""
-    arguments = [congestion, *(["--quick"] if quick else [])]
+    arguments = (str(plan.segments), str(plan.repeats), congestion)
     found = counted.measure("tests.performance.warm", *arguments, timeout=plan.timeout)
     report.rows += found["rows"]
     report.details["media_servers"][congestion] = found["media_servers"]
@@ -245,13 +246,14 @@ def measure(report: Report, plan: Plan, congestion: str, *, quick: bool) -> None
 def main() -> int:
     """The benchmark."""
     if sys.argv[1:2] == ["--inside"]:
-        inside(QUICK if "--quick" in sys.argv else FULL, sys.argv[2])
+        segments, repeats, congestion = sys.argv[2:]
+        inside(Plan(int(segments), int(repeats), congestions=(congestion,)))
         return 0
     options = bench.arguments("what a handoff costs a distant client")
     plan = QUICK if options.quick else FULL
     report = Report("warm", CAVEAT, details={"guest_kernel": counted.KERNEL, "media_servers": {}})
     for congestion in plan.congestions:
-        measure(report, plan, congestion, quick=options.quick)
+        measure(report, plan, congestion)
     report.bars = judge(report.rows, report.details["media_servers"], plan)
     if options.plot:
         plot(report, options.plot, plan)
