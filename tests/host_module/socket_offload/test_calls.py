@@ -240,9 +240,11 @@ def test_an_import_that_fails_leaves_an_ordinary_socket(device: Device, pair: Pa
 def test_segments_fit_whatever_this_machine_thinks_of_timestamps(device: Device) -> None:
     """Their option takes 12 bytes of each: connect(2) reckons with this machine's, the connection goes on with its own."""
     with own_network():
+        subprocess.run(["ip", "link", "set", "lo", "mtu", "1500"], check=True)
         with connected("ipv4") as pair:
             timestamps(False)
             size = segment_size(pair.server)
+            assert size == 1500 - 40 - 12
             snapshot = device.freeze_export(pair.server)
             assert snapshot.warm is not None
             unknown = replace(snapshot, warm=snapshot.warm._replace(mss_cache=0))
