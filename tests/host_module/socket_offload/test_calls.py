@@ -33,7 +33,7 @@ from tests.host_module.socket_offload.connections import Pair, connected, exchan
 
 MODULE = "/outside/socket_offload.ko"
 ROUNDS = 3000
-LOADS = int(os.environ.get("STREAMLIFT_LOADS", 50))
+LOADS = int(os.environ.get("STREAMLIFT_LOADS", 20))
 
 
 # Who may.
