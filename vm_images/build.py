@@ -84,6 +84,15 @@ def headers(found: kernels.Kernel, *, progress: Progress = lambda line: None) ->
     return modules.folder(path, release=found.release)
 
 
+def checkpatch(series: str) -> Path:
+    """checkpatch.pl of a kernel series."""
+    path = cache_directory() / f"checkpatch-{kernel(series).release}-{key(_text(RECIPE / 'module.py'))}"
+    with layer(path) as (directory, missing):
+        if missing:
+            modules.unpack_checkpatch(series, directory=directory)
+    return path / modules.CHECKPATCH[0]
+
+
 def module_against(tree: Path, name: str, *, progress: Progress = lambda line: None) -> Path:
     """NAME.ko of `host_module/NAME`, built against a tree in the cache."""
     source, cache = RECIPE.parent / "host_module" / name, cache_directory()

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,16 @@ def test_files_verdict(tmp_path: Path) -> None:
 def test_warm_verdict(seconds: float, holds: bool, tmp_path: Path) -> None:
     times = {"not offloaded": 1.0, "socket_offload": seconds, "tcp_repair": 2.0}
     rows = [
-        {"side": side, "loss": loss, "seconds": times[side], "windows": [(0.1, 10), (0.2, 20)]}
+        {"congestion": congestion, "side": side, "loss": loss, "seconds": times[side], "windows": [(0.1, 10), (0.2, 20)]}
+        for congestion in warm.CONGESTIONS
         for side in warm.SIDES
         for loss in warm.LOSSES
     ]
-    counters = {side: {"offloaded": 20} for side in warm.SIDES}
-    bars = warm.judge(rows, counters, warm.QUICK)
-    assert [bar.holds for bar in bars] == [holds, holds, True, True]
-    warm.plot(Report("warm", "none", rows=rows), tmp_path / "plot.png")
+    plan = replace(warm.QUICK, congestions=warm.CONGESTIONS)
+    counters = {congestion: {side: {"offloaded": 20} for side in warm.SIDES} for congestion in warm.CONGESTIONS}
+    bars = warm.judge(rows, counters, plan)
+    assert [bar.holds for bar in bars] == [holds] * 6 + [True] * 2
+    warm.plot(Report("warm", "none", rows=rows), tmp_path / "plot.png", plan)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
