@@ -75,8 +75,14 @@ static int transmit(struct omss_sink *sink, struct socket *sock, const struct bi
 		u8 room[CMSG_SPACE(sizeof(u16))];
 	} control = { };
 	bool shared = shares(sink, bytes);
-	int sent;
+	int sent = 0;
 
+	if (shared && !segment && !sink->member.stream)
+		sent = omss_send_datagram(sink->member.sk, frag, frags, bytes);
+	if (sent > 0)
+		count(sink, frag, sent, true);
+	if (sent)
+		return sent;
 	if (segment) {
 		control.header.cmsg_level = SOL_UDP;
 		control.header.cmsg_type = UDP_SEGMENT;
