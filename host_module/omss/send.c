@@ -65,24 +65,16 @@ static void count(struct omss_sink *sink, const struct bio_vec *frag, size_t sen
 	}
 }
 
-/* `segment`: the length of each datagram but the last, or 0. */
-static int transmit(struct omss_sink *sink, struct socket *sock, const struct bio_vec *frag,
-		    unsigned int frags, size_t bytes, u16 segment)
+/* By the socket layer. `segment`: the length of each datagram but the last, or 0. */
+static int send_message(struct socket *sock, const struct bio_vec *frag, unsigned int frags,
+			size_t bytes, u16 segment, bool shared)
 {
 	struct msghdr msg = { .msg_flags = MSG_DONTWAIT | MSG_NOSIGNAL };
 	union {
 		struct cmsghdr header;
 		u8 room[CMSG_SPACE(sizeof(u16))];
 	} control = { };
-	bool shared = shares(sink, bytes);
-	int sent = 0;
 
-	if (shared && !segment && !sink->member.stream)
-		sent = omss_send_datagram(sink->member.sk, frag, frags, bytes);
-	if (sent > 0)
-		count(sink, frag, sent, true);
-	if (sent)
-		return sent;
 	if (segment) {
 		control.header.cmsg_level = SOL_UDP;
 		control.header.cmsg_type = UDP_SEGMENT;
@@ -92,7 +84,19 @@ static int transmit(struct omss_sink *sink, struct socket *sock, const struct bi
 		msg.msg_controllen = sizeof(control);
 	}
 	iov_iter_bvec(&msg.msg_iter, ITER_SOURCE, frag, frags, bytes);
-	sent = shared ? omss_send_pages(sock, &msg) : sock_sendmsg(sock, &msg);
+	return shared ? omss_send_pages(sock, &msg) : sock_sendmsg(sock, &msg);
+}
+
+static int transmit(struct omss_sink *sink, struct socket *sock, const struct bio_vec *frag,
+		    unsigned int frags, size_t bytes, u16 segment)
+{
+	bool shared = shares(sink, bytes);
+	int sent = 0;
+
+	if (shared && !segment && !sink->member.stream)
+		sent = omss_send_datagram(sink->member.sk, frag, frags, bytes);
+	if (!sent)
+		sent = send_message(sock, frag, frags, bytes, segment, shared);
 	if (sent >= 0)
 		count(sink, frag, sent, shared);
 	return sent;

@@ -229,6 +229,8 @@ static struct omss_sink *next_woken(struct omss_group *group)
 {
 	struct omss_sink *sink;
 
+	if (list_empty_careful(&group->woken)) /* who comes now queues the task once more */
+		return NULL;
 	spin_lock_irq(&group->wake_lock);
 	sink = list_first_entry_or_null(&group->woken, struct omss_sink, wake);
 	if (sink)
