@@ -158,14 +158,20 @@ int omss_send_stream(struct omss_sink *sink, struct socket *sock, struct omss_ba
 
 /*
  * Datagrams from `first` on that can go as one burst (UDP_SEGMENT): of one length, the
- * last one may be shorter. Their payload is gathered in `scratch`.
+ * last one may be shorter. Their payload is gathered in `scratch`, for most of them.
  */
 static unsigned int gather(struct omss_sink *sink, struct omss_batch *batch, unsigned int first,
-			   unsigned int *frags, size_t *bytes)
+			   const struct bio_vec **frag, unsigned int *frags, size_t *bytes)
 {
 	u32 length = batch->entry[first]->bytes, last = length;
 	unsigned int many = 1, next;
 
+	*frag = batch->frag;
+	*frags = batch->frags;
+	*bytes = batch->bytes;
+	if (batch->count == 1)
+		return 1;
+	*frag = batch->scratch;
 	*frags = omss_append_frags(batch->scratch, 0, OMSS_BATCH, batch->entry[first], 0);
 	*bytes = length;
 	if (sink->no_bursts || !length)
@@ -194,13 +200,14 @@ static bool no_burst(int err)
 int omss_send_datagrams(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
 {
 	unsigned int i = 0, many, frags;
+	const struct bio_vec *frag;
 	bool told = false;
 	size_t bytes;
 	int err;
 
 	while (i < batch->count) {
-		many = gather(sink, batch, i, &frags, &bytes);
-		err = transmit(sink, sock, batch->scratch, frags, bytes,
+		many = gather(sink, batch, i, &frag, &frags, &bytes);
+		err = transmit(sink, sock, frag, frags, bytes,
 			       many > 1 ? batch->entry[i]->bytes : 0);
 		if (err == -EAGAIN || err == -EDESTADDRREQ || err == -EPIPE)
 			return err;

@@ -146,32 +146,36 @@ static int send_next(struct omss_sink *sink, struct socket *sock, struct omss_ba
 				     omss_send_datagrams(sink, sock, batch);
 }
 
-/* Send what there is: 0, -EAGAIN (it is blocked then) or why it cannot go on. */
+/*
+ * Send what there is, to one that is placed. 0: it has all; 1: it could take more; -EAGAIN:
+ * it is blocked; or why it cannot go on.
+ */
 static int send_all(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
 {
 	struct omss_ring *ring = &sink->member.session->ring;
-	int err = 0, turns = 0;
+	int err, turns = 0;
+	bool more;
 
 	WRITE_ONCE(sink->blocked, false);
-	while (turns < MOST_SENDS && place(sink, ring)) {
+	do {
 		err = send_next(sink, sock, batch);
-		turns++;
-		if (err != -EAGAIN) {
-			if (err)
-				break;
-			continue;
+		if (err == -EAGAIN) {
+			if (sink->blocked)
+				return err;
+			/* The callback looks at this: has there been room since? */
+			WRITE_ONCE(sink->blocked, true);
+			smp_mb(); /* with the atomics that make room, before the callback */
+			if (!omss_writeable(sink->member.sk))
+				return err;
+		} else if (err) {
+			break;
 		}
-		if (sink->blocked)
-			break;
-		/* The callback looks at this: has there been room since? */
-		WRITE_ONCE(sink->blocked, true);
-		smp_mb(); /* with the atomics that make room, before the callback */
-		if (!omss_writeable(sink->member.sk))
-			break;
-	}
-	if (err != -EAGAIN)
-		WRITE_ONCE(sink->blocked, false);
-	return err;
+		more = place(sink, ring);
+	} while (more && ++turns < MOST_SENDS);
+	if (err == -EAGAIN)
+		return err;
+	WRITE_ONCE(sink->blocked, false);
+	return err ?: more;
 }
 
 /* True: it could take more. Under group->lock. */
@@ -207,9 +211,9 @@ static bool serve(struct omss_sink *sink, struct omss_batch *batch)
 	fput(file);
 	if (err == -EAGAIN)
 		wait_for_room(sink);
-	else if (err)
+	else if (err < 0)
 		give_up(sink, OMSS_SINK_FAILED, err);
-	return !err && sink->state < OMSS_SINK_FAILED && place(sink, ring);
+	return err > 0;
 }
 
 /* From any context, under RCU or with the session held: it is to be looked at soon. */

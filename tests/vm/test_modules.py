@@ -32,9 +32,9 @@ def pytest_command(*arguments: str) -> str:
     return shlex.join([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb", "short", *arguments])
 
 
-def run_inside(series: str, output: Path, script: str, *, name: str = "socket_offload") -> str:
+def run_inside(series: str, output: Path, script: str, *, name: str = "socket_offload", timeout: float = 280) -> str:
     """On that kernel with that module; what it printed. A kernel that complained fails."""
-    status = OtherKernel(series, (name,)).run(["sh", "-c", f"set -e; {script}"], timeout=280, output=output)
+    status = OtherKernel(series, (name,)).run(["sh", "-c", f"set -e; {script}"], timeout=timeout, output=output)
     text = output.read_text()
     print(text)
     assert status == 0
@@ -69,6 +69,15 @@ def test_omss(series: str, tmp_path: Path) -> None:
     text = run_inside(series, tmp_path / "output", script, name="omss")
     passed = [int(count) for count in re.findall(r"(\d+) passed", text)]
     assert passed[0] >= 40 and passed[1] == 2
+
+
+@pytest.mark.long
+@pytest.mark.timeout(800)
+@pytest.mark.parametrize("series", SERIES)
+def test_omss_for_five_minutes(series: str, tmp_path: Path) -> None:
+    """Sinks join, leave, stall and reset at random, and nobody else's stream changes."""
+    script = f"{pytest_command('-m', 'long', 'tests/host_module/omss/test_sessions.py')}; rmmod omss"
+    assert "1 passed" in run_inside(series, tmp_path / "output", script, name="omss", timeout=700)
 
 
 @pytest.mark.parametrize("series", SERIES)
