@@ -7,8 +7,8 @@
  * then ip_queue_xmit() or ip6_xmit(), so that routes, netfilter, qdiscs and counters
  * see what they see of any other. It is charged to the socket, and waits for room
  * there, as usual. What is not usual about a socket, a route or a packet (options,
- * cork, timestamps, IPsec, multicast, too long, an error to be told) is left to the
- * socket layer: it knows, and it looks up the route when the one we have has aged.
+ * cork, timestamps, IPsec, multicast, too long, an error to be told, closed) is left to
+ * the socket layer: it knows, and it looks up the route when the one we have has aged.
  */
 #include <linux/ipv6.h>
 #include <linux/skbuff.h>
@@ -27,6 +27,7 @@ static bool is_plain(const struct sock *sk)
 	return !READ_ONCE(udp_sk(sk)->pending) && !udp_test_bit(CORK, sk) &&
 	       !READ_ONCE(udp_sk(sk)->gso_size) && !READ_ONCE(sk->sk_tsflags) &&
 	       !sock_flag(sk, SOCK_LOCALROUTE) && !sock_flag(sk, SOCK_TXTIME) &&
+	       !sock_flag(sk, SOCK_DEAD) &&
 	       !READ_ONCE(sk->sk_err) && !(READ_ONCE(sk->sk_shutdown) & SEND_SHUTDOWN) &&
 	       sk_wmem_alloc_get(sk) < READ_ONCE(sk->sk_sndbuf);
 }

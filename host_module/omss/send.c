@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* Payload into a socket's send queue, by reference or as a copy. */
+#include <linux/file.h>
 #include <linux/module.h>
 #include <linux/net.h>
 #include <linux/udp.h>
@@ -65,8 +66,11 @@ static void count(struct omss_sink *sink, const struct bio_vec *frag, size_t sen
 	}
 }
 
-/* By the socket layer. `segment`: the length of each datagram but the last, or 0. */
-static int send_message(struct socket *sock, const struct bio_vec *frag, unsigned int frags,
+/*
+ * By the socket layer. `segment`: the length of each datagram but the last, or 0. -EBADF:
+ * the socket is being closed, and will leave.
+ */
+static int send_message(struct sock *sk, const struct bio_vec *frag, unsigned int frags,
 			size_t bytes, u16 segment, bool shared)
 {
 	struct msghdr msg = { .msg_flags = MSG_DONTWAIT | MSG_NOSIGNAL };
@@ -74,7 +78,11 @@ static int send_message(struct socket *sock, const struct bio_vec *frag, unsigne
 		struct cmsghdr header;
 		u8 room[CMSG_SPACE(sizeof(u16))];
 	} control = { };
+	struct file *file = omss_file(sk);
+	int sent;
 
+	if (!file)
+		return -EBADF;
 	if (segment) {
 		control.header.cmsg_level = SOL_UDP;
 		control.header.cmsg_type = UDP_SEGMENT;
@@ -84,11 +92,14 @@ static int send_message(struct socket *sock, const struct bio_vec *frag, unsigne
 		msg.msg_controllen = sizeof(control);
 	}
 	iov_iter_bvec(&msg.msg_iter, ITER_SOURCE, frag, frags, bytes);
-	return shared ? omss_send_pages(sock, &msg) : sock_sendmsg(sock, &msg);
+	sent = shared ? omss_send_pages(sk->sk_socket, &msg) : sock_sendmsg(sk->sk_socket, &msg);
+	fput(file);
+	return sent;
 }
 
-static int transmit(struct omss_sink *sink, struct socket *sock, const struct bio_vec *frag,
-		    unsigned int frags, size_t bytes, u16 segment)
+/* A datagram needs no more of its socket than that it is there: we hold it. */
+static int transmit(struct omss_sink *sink, const struct bio_vec *frag, unsigned int frags,
+		    size_t bytes, u16 segment)
 {
 	bool shared = shares(sink, bytes);
 	int sent = 0;
@@ -96,21 +107,21 @@ static int transmit(struct omss_sink *sink, struct socket *sock, const struct bi
 	if (shared && !segment && !sink->member.stream)
 		sent = omss_send_datagram(sink->member.sk, frag, frags, bytes);
 	if (!sent)
-		sent = send_message(sock, frag, frags, bytes, segment, shared);
+		sent = send_message(sink->member.sk, frag, frags, bytes, segment, shared);
 	if (sent >= 0)
 		count(sink, frag, sent, shared);
 	return sent;
 }
 
 /* The rest of the entry that is begun: 0 once it is in the send queue. */
-int omss_send_rest(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+int omss_send_rest(struct omss_sink *sink, struct omss_batch *batch)
 {
 	u32 left = sink->begun->bytes - sink->offset;
 	unsigned int frags;
 	int sent;
 
 	frags = omss_append_frags(batch->scratch, 0, OMSS_BATCH, sink->begun, sink->offset);
-	sent = transmit(sink, sock, batch->scratch, frags, left, 0);
+	sent = transmit(sink, batch->scratch, frags, left, 0);
 	if (sent < 0)
 		return sent;
 	sink->offset += sent;
@@ -144,12 +155,12 @@ static void advance(struct omss_sink *sink, struct omss_batch *batch, size_t sen
 }
 
 /* All of the batch in one send: 0, -EAGAIN if not all was taken, or an error. */
-int omss_send_stream(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+int omss_send_stream(struct omss_sink *sink, struct omss_batch *batch)
 {
 	int sent = 0;
 
 	if (batch->bytes) /* else nothing but empty datagrams */
-		sent = transmit(sink, sock, batch->frag, batch->frags, batch->bytes, 0);
+		sent = transmit(sink, batch->frag, batch->frags, batch->bytes, 0);
 	if (sent < 0)
 		return sent;
 	advance(sink, batch, sent);
@@ -197,7 +208,7 @@ static bool no_burst(int err)
 }
 
 /* One datagram an entry. What the network refuses is dropped, as it would be on the way. */
-int omss_send_datagrams(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+int omss_send_datagrams(struct omss_sink *sink, struct omss_batch *batch)
 {
 	unsigned int i = 0, many, frags;
 	const struct bio_vec *frag;
@@ -207,9 +218,8 @@ int omss_send_datagrams(struct omss_sink *sink, struct socket *sock, struct omss
 
 	while (i < batch->count) {
 		many = gather(sink, batch, i, &frag, &frags, &bytes);
-		err = transmit(sink, sock, frag, frags, bytes,
-			       many > 1 ? batch->entry[i]->bytes : 0);
-		if (err == -EAGAIN || err == -EDESTADDRREQ || err == -EPIPE)
+		err = transmit(sink, frag, frags, bytes, many > 1 ? batch->entry[i]->bytes : 0);
+		if (err == -EAGAIN || err == -EDESTADDRREQ || err == -EPIPE || err == -EBADF)
 			return err;
 		if (many > 1 && no_burst(err)) {
 			sink->no_bursts = true;

@@ -133,24 +133,24 @@ static void wait_for_room(struct omss_sink *sink)
 		timer_reduce(&session->watch, deadline);
 }
 
-static int send_next(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+static int send_next(struct omss_sink *sink, struct omss_batch *batch)
 {
 	struct omss_ring *ring = &sink->member.session->ring;
 
 	if (sink->begun)
-		return omss_send_rest(sink, sock, batch);
+		return omss_send_rest(sink, batch);
 	omss_batch_fill(batch, ring, sink->cursor);
 	if (!batch->count) /* the tail has overtaken it */
 		return 0;
-	return sink->member.stream ? omss_send_stream(sink, sock, batch) :
-				     omss_send_datagrams(sink, sock, batch);
+	return sink->member.stream ? omss_send_stream(sink, batch) :
+				     omss_send_datagrams(sink, batch);
 }
 
 /*
  * Send what there is, to one that is placed. 0: it has all; 1: it could take more; -EAGAIN:
  * it is blocked; or why it cannot go on.
  */
-static int send_all(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+static int send_all(struct omss_sink *sink, struct omss_batch *batch)
 {
 	struct omss_ring *ring = &sink->member.session->ring;
 	int err, turns = 0;
@@ -158,7 +158,7 @@ static int send_all(struct omss_sink *sink, struct socket *sock, struct omss_bat
 
 	WRITE_ONCE(sink->blocked, false);
 	do {
-		err = send_next(sink, sock, batch);
+		err = send_next(sink, batch);
 		if (err == -EAGAIN) {
 			if (sink->blocked)
 				return err;
@@ -183,7 +183,6 @@ static bool serve(struct omss_sink *sink, struct omss_batch *batch)
 {
 	struct omss_ring *ring = &sink->member.session->ring;
 	struct sock *sk = sink->member.sk;
-	struct file *file;
 	int err;
 
 	if (sink->state >= OMSS_SINK_FAILED)
@@ -202,13 +201,7 @@ static bool serve(struct omss_sink *sink, struct omss_batch *batch)
 		wait_for_room(sink);
 		return false;
 	}
-	file = omss_file(sk);
-	if (!file) { /* it is being closed, and will leave */
-		give_up(sink, OMSS_SINK_FAILED, -EBADF);
-		return false;
-	}
-	err = send_all(sink, sk->sk_socket, batch);
-	fput(file);
+	err = send_all(sink, batch);
 	if (err == -EAGAIN)
 		wait_for_room(sink);
 	else if (err < 0)
@@ -292,7 +285,7 @@ bool omss_group_run(struct omss_task *task, struct omss_batch *batch)
 }
 
 /* Whatever the send queue holds already. */
-static int push_rest(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+static int push_rest(struct omss_sink *sink, struct omss_batch *batch)
 {
 	struct sock *sk = sink->member.sk;
 	int room, err;
@@ -301,7 +294,7 @@ static int push_rest(struct omss_sink *sink, struct socket *sock, struct omss_ba
 	room = sk->sk_sndbuf;
 	WRITE_ONCE(sk->sk_sndbuf, INT_MAX / 2);
 	release_sock(sk);
-	err = omss_send_rest(sink, sock, batch);
+	err = omss_send_rest(sink, batch);
 	lock_sock(sk);
 	WRITE_ONCE(sk->sk_sndbuf, room);
 	release_sock(sk);
@@ -312,12 +305,12 @@ static int push_rest(struct omss_sink *sink, struct socket *sock, struct omss_ba
  * No new entry for this one, and the rest of one that is begun goes into the send
  * queue: -EAGAIN if it does not, 0 if it is there, or never will be. Under group->lock.
  */
-int omss_sink_finish(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+int omss_sink_finish(struct omss_sink *sink, struct omss_batch *batch)
 {
 	int err = 0;
 
 	if (sink->begun && !broken(sink->member.sk))
-		err = push_rest(sink, sock, batch);
+		err = push_rest(sink, batch);
 	if (sink->state < OMSS_SINK_FAILED)
 		sink->state = OMSS_SINK_LEAVING;
 	return err == -EAGAIN ? err : 0;
