@@ -70,7 +70,7 @@ class Guest:
 class Connection:
     """A client's connection while the host has it. `sent` counts bytes given to the socket; `ready`: the guest's place-holder
     stands where the connection will arrive (None: it has not said yet); `direct`: it goes home without a second question.
-    `relay`: what it is a sink or the source of, `sink` its number there, `cursor` the entry that it would get next."""
+    `relay`: what it is a sink or the source of, `sink` its number there, `cursor` the position where it would go on."""
 
     guest: Guest
     job: Job
