@@ -493,14 +493,15 @@ class Guests:
         if connection.state is Host.RETURNING:
             log.warning("%s: %s was never taken back", connection.guest.machine.name, connection.token)
             connection.guest.refused[Reason.TIMED_OUT.value] += 1
+            connection.reason = Reason.TIMED_OUT
             self._end(connection)
 
     def _client_gone(self, connection: Connection, number: int) -> None:
         """The connection is dead (reset, timed out), or beyond our help: then the kernel closes it as for a dead process."""
         self._recall(connection)
+        connection.reason = Reason.PEER_GONE
         self._close(connection)
         connection.guest.counters["failed"] += 1
-        connection.reason = Reason.PEER_GONE
         self._tell_failed(connection, number)
 
     def _lagged(self, connection: Connection) -> None:
@@ -528,6 +529,7 @@ class Guests:
 
     def _close(self, connection: Connection) -> None:
         """As the kernel does for a process that dies; the redirect goes when the last packet has passed."""
+        connection.guest.lost[(connection.reason or Reason.APPLICATION_GONE).value] += 1
         self._stop(connection)
         self._forget(connection)
         with contextlib.suppress(OSError, HandoffError):

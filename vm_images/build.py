@@ -28,6 +28,8 @@ Progress = Callable[[str], None]
 RECIPE = Path(__file__).parent
 DEFAULT_KERNEL = "6.1"
 GUEST_MODULE = "socket_offload"
+SPACE = 1 << 30
+"""Bytes that one more layer may need, with what it is made from."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def cache_directory() -> Path:
 def build(kernel: str = DEFAULT_KERNEL, *, progress: Progress = lambda line: None) -> Image:
     """The image with this kernel series; takes half a minute when nothing is cached, else at most seconds."""
     if os.geteuid() != 0:
-        raise BuildError("building an image needs root: files in it belong to root")
+        raise BuildError("building an image needs root: files in it belong to root", "type it again with sudo")
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / "lock"):
@@ -158,7 +160,8 @@ def _fill(directory: Path, *, base: Path, kernel: kernels.Kernel, module: Path) 
 
 def _recipe_files() -> list[Path]:
     """All that goes into the top layer, in a fixed order: this folder's recipe and the agent."""
-    found = [*RECIPE.glob("*.py"), *(RECIPE / "guest").iterdir(), *root.AGENT.rglob("*.py"), root.AGENT_UNIT]
+    agent = [*root.AGENT.rglob("*.py"), *(root.AGENT / unit for unit in root.AGENT_UNITS)]
+    found = [*RECIPE.glob("*.py"), *(RECIPE / "guest").iterdir(), *agent]
     return sorted(path for path in found if path.is_file())
 
 
@@ -188,6 +191,7 @@ def layer(path: Path) -> Iterator[tuple[Path, bool]]:
     if path.exists():
         yield path, False
         return
+    _require_space(path.parent)
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix="making-"))
     try:
         aside.chmod(0o755)
@@ -195,6 +199,16 @@ def layer(path: Path) -> Iterator[tuple[Path, bool]]:
         aside.rename(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _require_space(folder: Path) -> None:
+    """Better said before than by mke2fs(8) in the middle."""
+    free = shutil.disk_usage(folder).free
+    if free < SPACE:
+        raise BuildError(
+            f"{folder} has {free >> 20} MiB left; building an image needs {SPACE >> 20}",
+            f"make room (df -h {folder}), or name another place: sudo STREAMLIFT_CACHE=/FOLDER ...",
+        )
 
 
 def main() -> int:

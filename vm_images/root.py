@@ -24,7 +24,7 @@ BASE_RECIPE = (
 
 GUEST_FILES = Path(__file__).parent / "guest"
 AGENT = Path(__file__).parent.parent / "guest_agent"
-AGENT_UNIT = AGENT / "streamlift-agent.service"
+AGENT_UNITS = ("streamlift-agent.service", "streamlift-media.service", "srv-share.mount")
 
 # Needed by nobody in a guest that is thrown away, and each of them costs time at every start.
 MASKED_UNITS = (
@@ -103,7 +103,7 @@ def install_module(root: Path, *, module: Path, release: str) -> None:
 def install_agent(root: Path) -> None:
     """Put the agent, the example server and their units into the root file system."""
     packages = root / "usr" / "lib" / "python3" / "dist-packages"
-    shutil.copytree(AGENT, packages / "guest_agent", ignore=shutil.ignore_patterns("__pycache__", "*.service"))
+    shutil.copytree(AGENT, packages / "guest_agent", ignore=shutil.ignore_patterns("__pycache__", *AGENT_UNITS))
     # Compiled here, without time stamps: the guest starts faster, and the image stays reproducible.
     compile_all = ("/usr/bin/python3", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash")
     run(["chroot", root, *compile_all, "/usr/lib/python3/dist-packages/guest_agent"])
@@ -112,10 +112,10 @@ def install_agent(root: Path) -> None:
     for script in ("network", "live"):
         shutil.copy(GUEST_FILES / script, scripts / script)
     _install_unit(root, GUEST_FILES / "streamlift-network.service", wanted_by="sysinit.target")
-    _install_unit(root, GUEST_FILES / "srv-share.mount", wanted_by="multi-user.target")
-    for server in ("streamlift-media.service", "streamlift-media-plain.service", "streamlift-live.service"):
+    for server in ("streamlift-media-plain.service", "streamlift-live.service"):
         _install_unit(root, GUEST_FILES / server, wanted_by="multi-user.target")
-    _install_unit(root, AGENT_UNIT, wanted_by="multi-user.target")
+    for unit in AGENT_UNITS:
+        _install_unit(root, AGENT / unit, wanted_by="multi-user.target")
 
 
 def configure(root: Path) -> None:
