@@ -225,6 +225,7 @@ def deploy(
     accelerator: Annotated[str, typer.Option(help="auto, kvm or tcg; auto tries whether KVM works.")] = "auto",
     mode: Annotated[str | None, typer.Option(help="routed or bridged; with --bridge: bridged.")] = None,
     bridge: Annotated[str | None, typer.Option(help="Join this bridge of the host, which has an address on it.")] = None,
+    package: Annotated[list[str] | None, typer.Option(help="A Debian package more in the image; may be repeated.")] = None,
     live_password: Annotated[
         str | None, typer.Option(help="Start the image's live server on port 8000, for encoders that know this word.")
     ] = None,
@@ -243,7 +244,7 @@ def deploy(
         raise fail("a bridged VM needs a bridge and an address", "for example --bridge br0 --address 192.0.2.7/24", code=2)
     with _libvirt() as connection:
         chosen = choose(accelerator)  # type: ignore[arg-type]
-        image = build(kernel, progress=lambda line: typer.echo(line, err=True))
+        image = build(kernel, also=tuple(package or ()), progress=lambda line: typer.echo(line, err=True))
         wanted = Deployment(
             name=name,
             image=image,
@@ -321,6 +322,28 @@ def detach(domain: Annotated[str, typer.Argument(help="A VM that `attach` change
         typer.echo(change(connection, domain).message)
 
 
+@app.command(
+    epilog=examples("streamlift bench --domain myvm --path film.mp4", "streamlift bench --domain tv1 --path a.bin --json out.json")
+)
+def bench(
+    domain: Annotated[str, typer.Option(help="The VM.")],
+    path: Annotated[str, typer.Option(help="What is fetched from the VM's server: the path of a URL.")],
+    port: Annotated[int, typer.Option(help="Of the VM's server.")] = 80,
+    address: Annotated[str | None, typer.Option(help="Of the VM; default: its first.")] = None,
+    requests: Annotated[int, typer.Option(help="Of each block.", min=1)] = 10,
+    blocks: Annotated[int, typer.Option(help="Of each side, in turns.", min=1)] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write what was measured.", metavar="FILE")] = None,
+) -> None:
+    """What the offload is worth: fetch a file through a VM's own server, with it and without it, in turns. While it measures
+    without, the VM's other clients are served by the VM too. Nothing in the VM is changed."""
+    from hypervisor_svc import benchmark
+
+    found = benchmark.run(_ask, domain, path=path, port=port, address=address, requests=requests, blocks=blocks)
+    if json_file:
+        benchmark.write(found, json_file)
+    benchmark.show(found)
+
+
 @app.command("config", epilog=examples("streamlift config > /etc/streamlift/streamlift.toml"))
 def show_config() -> None:
     """Print a configuration file with every key, its meaning and its default."""
@@ -337,12 +360,14 @@ def man(out: Annotated[Path, typer.Option(help="Folder to write them to.")]) -> 
 
 @image_app.command("build", epilog=examples("streamlift image build --kernel 6.12"))
 def image_build(
-    kernel: Annotated[str, typer.Option(help="Kernel series: 6.1 or 6.12.")] = "6.1", as_json: AsJson = False
+    kernel: Annotated[str, typer.Option(help="Kernel series: 6.1 or 6.12.")] = "6.1",
+    package: Annotated[list[str] | None, typer.Option(help="A Debian package more in it; may be repeated.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Build the guest image (kept in the cache, keyed by its content)."""
     from vm_images.build import build
 
-    image = build(kernel, progress=lambda line: typer.echo(line, err=True))
+    image = build(kernel, also=tuple(package or ()), progress=lambda line: typer.echo(line, err=True))
     facts = {"root": str(image.root), "kernel": str(image.kernel), "initrd": str(image.initrd), "version": image.version}
     typer.echo(json.dumps(facts) if as_json else "\n".join(f"{key:8}{value}" for key, value in facts.items()))
 

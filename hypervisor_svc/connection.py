@@ -45,6 +45,8 @@ class Guest:
     bytes_per_second: float = 0.0
     _measured: tuple[float, int] = (0.0, 0)
     draining: bool = False
+    paused_until: float = 0.0
+    """time.monotonic(); until then nothing more goes out, for a measurement."""
 
     @property
     def backend(self) -> str:

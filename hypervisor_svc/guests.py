@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import struct
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -275,6 +276,8 @@ class Guests:
             raise GuestError(Reason.DUPLICATE, f"the host has this connection already: {flow.client}")
         if guest.draining:
             raise HostError(Reason.DRAINING, "the VM is being drained")
+        if time.monotonic() < guest.paused_until:
+            raise HostError(Reason.OPERATOR, "the operator measures without the offload")
         if len(guest.connections) >= self._limits.max_connections:
             raise HostError(Reason.TABLE_FULL, f"{self._limits.max_connections} connections of this VM are out")
         if queued > self._limits.max_queue_bytes:

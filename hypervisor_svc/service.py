@@ -37,6 +37,7 @@ from hypervisor_svc.transparent import TransparentRedirect
 log = logging.getLogger("streamlift.service")
 
 DRAIN_LIMIT = 2.0
+LONGEST_PAUSE = 600.0
 
 
 class Service:
@@ -157,6 +158,7 @@ class Service:
             "connections": self._connections,
             "relays": self._relays,
             "hand_back": self._hand_back,
+            "pause": self._pause,
         }
 
     def _status(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -205,13 +207,25 @@ class Service:
         return {"relays": self._guests.relays.rows(iter(self._guests))}
 
     def _hand_back(self, request: dict[str, Any]) -> dict[str, Any]:
-        name, token = request.get("machine"), request.get("token")
-        found = [guest for guest in self._guests if guest.machine.name == name]
+        return {"handed_back": self._guests.hand_back_all(self._guest(request), Reason.OPERATOR, request.get("token"))}
+
+    def _pause(self, request: dict[str, Any]) -> dict[str, Any]:
+        """For so many seconds nothing more of a VM goes out; 0 ends it. What is out stays out."""
+        seconds = float(request["seconds"])
+        if not 0 <= seconds <= LONGEST_PAUSE:
+            raise ValueError(f"a pause is 0 to {LONGEST_PAUSE:g} seconds long, not {seconds:g}")
+        self._guest(request).paused_until = time.monotonic() + seconds
+        return {"seconds": seconds}
+
+    def _guest(self, request: dict[str, Any]) -> Guest:
+        """The VM that a request names. Raises ControlError."""
+        name = request.get("machine")
+        found: list[Guest] = [guest for guest in self._guests if guest.machine.name == name]
         if not found:
             known = ", ".join(guest.machine.name for guest in self._guests) or "none"
             hint = f"sudo {as_typed(f'attach {name} --share FOLDER --address ADDRESS')}"
             raise ControlError(f"no VM named {name!r} has a channel here (known: {known})", hint)
-        return {"handed_back": self._guests.hand_back_all(found[0], Reason.OPERATOR, token)}
+        return found[0]
 
 
 def _resident_bytes() -> int:

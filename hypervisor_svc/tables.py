@@ -47,7 +47,7 @@ def status_screen(status: dict[str, Any]) -> Group:
     if status["machines"]:
         parts += ["", _machines(status), "", _quotas(status)]
     if status["durations"]:
-        parts += ["", _steps(status["durations"])]
+        parts += ["", steps(status["durations"])]
     parts += ["", *(_plain(line) for line in _advised(status))]
     return Group(*parts)
 
@@ -121,7 +121,7 @@ def _quotas(status: dict[str, Any]) -> Table:
     return table(("VM", "out", "relays", "rings", "messages/s", "went out", "came home", "lost", "refused"), rows)
 
 
-def _steps(durations: dict[str, Any]) -> Table:
+def steps(durations: dict[str, Any]) -> Table:
     """The steps side by side, so that all fits one screen."""
     rows = ((name, *(f"{step[f'{name}_us']:,.0f}" for step in durations.values())) for name in ("p50", "p99"))
     return table(("us", *durations), rows)
