@@ -52,7 +52,7 @@ class Person:
     def type(self, command: str) -> str:
         """What was said; a command that ends with & runs on. Raises RuntimeError if it fails."""
         with self._log.open("a") as log:
-            words = ("env", f"PATH={self._path}", "-C", str(ROOT), "timeout", "300", "bash", "-c", command)
+            words = ("env", "-C", str(ROOT), f"PATH={self._path}", "timeout", "300", "bash", "-c", command)
             done = subprocess.run(self.host.namespaces.command(*words), stdout=log, stderr=log, check=False)
         said = self._log.read_text()
         if done.returncode:
