@@ -216,7 +216,8 @@ def test_bencode_is_undone(value: rtp.Value) -> None:
 
 def test_rtp_verdict(tmp_path: Path) -> None:
     facts = {"delivered": 1 << 30, "expected": 1 << 30, "memory_per_sink": 9}
-    rows: list[dict[str, Any]] = [{"side": side, "processor_seconds": 4 if side == "rtpengine" else 2, **facts} for side in rtp.SIDES]
+    costs = dict.fromkeys(rtp.SIDES, 2) | {"rtpengine": 4}
+    rows: list[dict[str, Any]] = [{"side": side, "processor_seconds": cost, **facts} for side, cost in costs.items()]
     assert [(bar.value, bar.holds) for bar in rtp.verdicts(rows)] == [(2, True), (1, True)]
     rows[0]["delivered"] -= 1
     assert [bar.holds for bar in rtp.verdicts(rows)] == [True, False]
