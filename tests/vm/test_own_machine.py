@@ -96,6 +96,25 @@ def test_the_readme_takes_a_person_to_an_offloaded_transfer(person: Person, libv
         wait_for(lambda: "1 came home" in person.type(commands[-1][1]), seconds=20, what="the connection home")
         assert "1 went out" in person.type(commands[-1][1])
         assert "! " not in said.split("connections", 1)[1], "something is still missing"
+        assert_wrong_turns_are_said(machine)
+        undo(person, machine)
+
+
+def assert_wrong_turns_are_said(machine: OwnMachine) -> None:
+    """A port that another server has."""
+    taken = "python3 -c 'import socket, time; server = socket.create_server((\"\", 8099)); time.sleep(20)' & sleep 1"
+    with pytest.raises(RuntimeError, match=r"port 8099 is taken\s+see by whom: ss -ltnp 'sport = :8099'"):
+        machine.type(f"{taken}; python3 /srv/share/streamlift-agent.pyz install --media-port 8099")
+
+
+def undo(person: Person, machine: OwnMachine) -> None:
+    """As the README says below its commands; and what the next ones say of a VM that is half undone."""
+    machine.type("streamlift-agent uninstall")
+    assert "streamlift" not in machine.type("ls /etc/systemd/system /usr/local/bin")
+    wait_for(lambda: "no agent answers in it" in person.type("sudo ./run streamlift status"), seconds=30, what="what is missing")
+    assert "changed: channel, share, addresses" in person.type(f"sudo ./run streamlift detach {NAME}")
+    with pytest.raises(RuntimeError, match=rf"sudo ./run streamlift attach {NAME} --share FOLDER --address ADDRESS"):
+        person.type(f"sudo ./run streamlift bench --domain {NAME} --path film.mp4")
 
 
 def follow(person: Person, machine: OwnMachine, where: str, command: str) -> str:
