@@ -51,10 +51,11 @@ class Person:
 
     def type(self, command: str) -> str:
         """What was said; a command that ends with & runs on. Raises RuntimeError if it fails."""
+        before = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("a") as log:
             words = ("env", "-C", str(ROOT), f"PATH={self._path}", "timeout", "300", "bash", "-c", command)
             done = subprocess.run(self.host.namespaces.command(*words), stdout=log, stderr=log, check=False)
-        said = self._log.read_text()
+        said = self._log.read_bytes()[before:].decode()
         if done.returncode:
             raise RuntimeError(f"{command}: {said[-2000:]}")
         return said
@@ -113,6 +114,7 @@ def undo(person: Person, machine: OwnMachine) -> None:
     assert "streamlift" not in machine.type("ls /etc/systemd/system /usr/local/bin")
     wait_for(lambda: "no agent answers in it" in person.type("sudo ./run streamlift status"), seconds=30, what="what is missing")
     assert "changed: channel, share, addresses" in person.type(f"sudo ./run streamlift detach {NAME}")
+    wait_for(lambda: f"{NAME}: it has no channel" in person.type("sudo ./run streamlift status"), seconds=30, what="no channel")
     with pytest.raises(RuntimeError, match=rf"sudo ./run streamlift attach {NAME} --share FOLDER --address ADDRESS"):
         person.type(f"sudo ./run streamlift bench --domain {NAME} --path film.mp4")
 
