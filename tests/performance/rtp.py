@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from rich.table import Table
 
 from tests.performance import bench, fanout
 from tests.performance.bench import Bar, Report
+from tests.performance.peers import FULL, QUICK, Plan, cost
 
 RTPENGINE = "/usr/bin/rtpengine"
 PORTS = (20000, 60000)
@@ -41,18 +41,6 @@ _HEADER = struct.Struct("!BBHII")
 _VERSION, _PAYLOAD_TYPE, _SOURCE = 0x80, 0, 0x534C
 """RFC 3550, section 5.1."""
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How much is measured."""
-
-    receivers: int
-    seconds: float
-    repeats: int
-
-
-FULL = Plan(1000, seconds=8, repeats=3)
-QUICK = Plan(50, seconds=2, repeats=1)
 
 Value = int | bytes | str | dict[str, "Value"]
 
@@ -180,7 +168,7 @@ def feed(encoder: socket.socket, seconds: float) -> int:
 
 def measure_rtpengine(programs: dict[str, Path], folder: Path, plan: Plan) -> dict[str, Any]:
     """One measurement."""
-    with rtpengine(folder / "rtpengine.log") as running, receivers(plan.receivers) as socks:
+    with rtpengine(folder / "rtpengine.log") as running, receivers(plan.listeners) as socks:
         encoder = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         encoder.bind(("127.0.0.1", 0))
         with encoder, fanout.consecutive(socks) as first:
@@ -195,8 +183,8 @@ def measure_rtpengine(programs: dict[str, Path], folder: Path, plan: Plan) -> di
             time.sleep(0.35)
             spent, took = fanout.processor_time(running.process.pid) - spent, time.monotonic() - begun
             delivered = sum(int(word) for word in fanout.stop(drain).split())
-    row = {"side": "rtpengine", "sinks": plan.receivers, "seconds": took, "processor_seconds": spent, "memory_per_sink": memory}
-    return {**row, "delivered": delivered, "expected": pieces * fanout.PIECE * plan.receivers}
+    row = {"side": "rtpengine", "sinks": plan.listeners, "seconds": took, "processor_seconds": spent, "memory_per_sink": memory}
+    return {**row, "delivered": delivered, "expected": pieces * fanout.PIECE * plan.listeners}
 
 
 def resident(pid: int) -> int:
@@ -209,16 +197,11 @@ def measure(programs: dict[str, Path], folder: Path, plan: Plan) -> list[dict[st
     rows = []
     for _ in range(plan.repeats):
         rows.append(measure_rtpengine(programs, folder, plan))
-        rows += [fanout.one(programs, side, udp=True, count=plan.receivers, seconds=plan.seconds) for side in SIDES[1:]]
+        rows += [fanout.one(programs, side, udp=True, count=plan.listeners, seconds=plan.seconds) for side in SIDES[1:]]
     return rows
 
 
 # Judging: pure.
-
-
-def cost(rows: list[dict[str, Any]], side: str) -> float:
-    """Median of seconds of a processor for each Gbit delivered."""
-    return float(statistics.median(r["processor_seconds"] / (r["delivered"] * 8 / 1e9) for r in rows if r["side"] == side))
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[Bar]:
