@@ -231,7 +231,7 @@ def deploy(
     ] = None,
 ) -> None:
     """Build the image if needed, make a streaming VM and start it: on a network of its own, or on a bridge of the host."""
-    from hypervisor_svc.accelerator import choose
+    from hypervisor_svc.accelerator import choose, kvm_obstacle
     from hypervisor_svc.deploy import BRIDGE, Deployment
     from hypervisor_svc.deploy import deploy as make
     from vm_images.build import build
@@ -262,6 +262,8 @@ def deploy(
         )
         made = make(connection, wanted)
     typer.echo(f"{made.name} runs ({made.accelerator}) at {', '.join(made.addresses)}; console: {made.console_log}")
+    if (accelerator, chosen) == ("auto", "tcg"):
+        typer.echo(f"  it is emulated, and slow: {kvm_obstacle()}")
 
 
 def _address(given: str | None, routed: str | None, mode: str) -> str | None:
