@@ -54,7 +54,7 @@ def status_screen(status: dict[str, Any]) -> Group:
 
 def show_findings(findings: Sequence[Finding]) -> None:
     """What `streamlift check` saw: a line a need, and below what is missing the next command."""
-    grid = Table.grid(padding=(0, 2))
+    grid = Table.grid("", "", Column(overflow="fold"), padding=(0, 2))
     for finding in findings:
         mark = Text("!", style="bold red") if finding.hint else Text("ok", style="green")
         grid.add_row(mark, _plain(finding.subject), _plain(finding.message))
@@ -79,7 +79,7 @@ def _about(status: dict[str, Any]) -> Table:
         f"{totals['failed'] + totals['ended']} were lost",
         "sent": f"{size(totals['bytes_sent'])}, now {size(totals['bytes_per_second'])}/s",
     }
-    grid = Table.grid(padding=(0, 2))
+    grid = Table.grid("", Column(overflow="fold"), padding=(0, 2))
     for name, words in lines.items():
         grid.add_row(Text(name, style="bold"), _plain(words))
     return grid
