@@ -117,7 +117,7 @@ class OtherKernel:
 
 
 def _script(command: Sequence[str]) -> str:
-    names = ("PATH", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "STREAMLIFT_CACHE")
+    names = ("PATH", "PYTHONPATH", "PYTHONPYCACHEPREFIX", "STREAMLIFT_CACHE")
     exports = [f"export {name}={shlex.quote(os.environ[name])}" for name in names if name in os.environ]
     prepare = ["modprobe tun || true", "export TMPDIR=/run/tmp", *exports, f"cd {shlex.quote(str(ROOT))}"]
     return "\n".join([*prepare, "exec " + shlex.join(command)]) + "\n"
