@@ -10,7 +10,8 @@ has to say, and UDP destinations. The bytes are an engine's work (`splice_user.p
     relay_close ─▶ close()         the source ends: the sinks get the rest and go home
     hand_back ◀── release()        a client is gone: `failed`, as with files
 
-When the guest's agent is away a relay goes on; when the VM is gone it ends."""
+While the guest's agent is away a relay goes on. Its next life calls the connections home, for nobody there knows any more whose
+relay it was, and so the relay ends; when the VM is gone it ends too."""
 
 from __future__ import annotations
 
