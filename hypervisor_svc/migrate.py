@@ -89,12 +89,16 @@ def migrate(domain: libvirt.virDomain, plan: Plan, *, on_step: OnStep = lambda s
         returned = _return(name, plan)
         if not isinstance(error, MigrateError | KeyboardInterrupt):
             raise
-        failure = error if isinstance(error, MigrateError) else MigrateError("cancelled", as_typed(f"migrate {name} {plan.destination}"))
+        failure = error if isinstance(error, MigrateError) else _cancelled(name, plan)
         failure.returned = returned
         raise failure from None
     met = _meet(name, plan.destination_control, on_step) if plan.destination_control is not None else None
     total = round((time.monotonic() - begin) * 1000)
     return {"step": "done", "moved": True, "leave": left, "downtime_ms": _downtime(domain), "total_ms": total, "meet": met}
+
+
+def _cancelled(name: str, plan: Plan) -> MigrateError:
+    return MigrateError("cancelled", as_typed(f"migrate {name} {plan.destination}"))
 
 
 def _expect(name: str, control: str) -> Step:
@@ -115,7 +119,7 @@ def _leave(name: str, plan: Plan) -> Step:
     except ControlError as error:
         raise MigrateError(str(error), error.hint) from None
     except KeyboardInterrupt:
-        failure = MigrateError("cancelled", as_typed(f"migrate {name} {plan.destination}"))
+        failure = _cancelled(name, plan)
         failure.returned = _return(name, plan)
         raise failure from None
 

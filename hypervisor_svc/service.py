@@ -47,7 +47,6 @@ class Service:
         self._stack = contextlib.AsyncExitStack()
         self._started = time.monotonic()
         self._lossless = False
-        self._domains: Domains | None = None
         self._guests: Guests
         self._redirect: BridgedRedirect
         self._backend: Backend
