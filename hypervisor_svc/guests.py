@@ -449,9 +449,10 @@ class Guests:
             state = Presence(header.get("state"))
         except ValueError:
             raise GuestError(Reason.BAD_REQUEST, f"presence {header.get('state')!r:.40}") from None
+        was_away = guest.presence is Presence.AWAY
         guest.presence, guest.presence_message = state, str(header.get("message", ""))[:500]
         guest.answers = header.get("call") == guest.call
-        if guest.stays:
+        if guest.stays or (was_away and state is not Presence.AWAY):
             guest.draining = False
         guest.changed()
 
