@@ -50,6 +50,7 @@ class Guest:
     paused_until: float = 0.0
     """time.monotonic(); until then nothing more goes out, for a measurement."""
     gone: bool = False
+    paused: bool = False
     presence: Presence = Presence.HERE
     presence_message: str = ""
     call: int = 0

@@ -33,8 +33,8 @@ _EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 _READ_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.EUCLEAN, errno.EBADMSG})
 SWEEP_INTERVAL = 0.05
 UNSENT_BYTES = 1 << 19
-"""What waits unsent in a socket at most (TCP_NOTSENT_LOWAT, tcp(7)): of a slow client it would be megabytes, and all of it is looked
-at when the connection goes home."""
+"""What waits unsent in a socket at most (TCP_NOTSENT_LOWAT, tcp(7)): of a slow client it would be megabytes, and all of it is
+looked at when the connection goes home."""
 COLD_CONGESTION = "reno"
 """Of a socket that is to be BBR's: plain slow start (RFC 5681) for the first round trip."""
 

@@ -15,6 +15,7 @@ import platform
 import signal
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from guest_agent.handoff.backend import Backend, choose
@@ -27,8 +28,10 @@ from hypervisor_svc.connection import Connection, Guest
 from hypervisor_svc.control import ControlError, ControlServer, Handler
 from hypervisor_svc.domains import Domains, Machine
 from hypervisor_svc.errors import as_typed
+from hypervisor_svc.foreign_moves import ForeignMoves
 from hypervisor_svc.guests import Guests, Limits
 from hypervisor_svc.inject import Injector
+from hypervisor_svc.monitor import Monitor
 from hypervisor_svc.redirect import NatRedirect, Redirect
 from hypervisor_svc.relay import RelayLimits
 from hypervisor_svc.transparent import TransparentRedirect
@@ -48,6 +51,7 @@ class Service:
         self._started = time.monotonic()
         self._lossless = False
         self._guests: Guests
+        self._moves: ForeignMoves
         self._redirect: BridgedRedirect
         self._backend: Backend
         self._domains: Domains | None = None
@@ -77,6 +81,8 @@ class Service:
             stack.push_async_callback(self._drain)
             control = ControlServer(self._config.control_socket, self._commands())
             await stack.enter_async_context(control)
+            self._moves = ForeignMoves(self._guests)
+            stack.callback(self._moves.close)
             self._find_machines(stack)
             self._stack = stack.pop_all()
         return self
@@ -130,10 +136,36 @@ class Service:
                 bridge=vm.bridge,
             )
             self._machine_up(machine)
+            if vm.qmp is not None:
+                self._watch(machine.uuid, vm.qmp, stack)
         if self._config.libvirt.enabled:
-            self._domains = Domains(self._config.libvirt.uri, on_up=self._machine_up, on_down=self._guests.machine_down)
+            self._domains = Domains(
+                self._config.libvirt.uri,
+                on_up=self._machine_up,
+                on_down=self._machine_down,
+                on_migrating=self._moves.begins,
+                on_stays=self._moves.ends,
+                on_paused=self._paused,
+            )
             self._domains.start()
             stack.callback(self._domains.stop)
+
+    def _watch(self, uuid: str, path: str, stack: contextlib.AsyncExitStack) -> None:
+        monitor = Monitor(
+            path,
+            on_migrating=partial(self._moves.begins, uuid),
+            on_stays=partial(self._moves.ends, uuid),
+            on_paused=partial(self._paused, uuid),
+        )
+        monitor.start()
+        stack.push_async_callback(monitor.stop)
+
+    def _machine_down(self, uuid: str) -> None:
+        self._moves.gone(uuid)
+        self._guests.machine_down(uuid)
+
+    def _paused(self, uuid: str, paused: bool) -> None:
+        self._guests.pause(uuid, paused=paused)
 
     def _machine_up(self, machine: Machine) -> None:
         priority = self._config.policy.vm_priority.get(machine.name, machine.priority)
