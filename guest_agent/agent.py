@@ -69,7 +69,11 @@ class Agent:
             is_up=lambda: self._channel.up,
             is_here=lambda: self._departure.presence is Presence.HERE,
         )
-        self._relays = Relays(send=self._channel.send, is_up=lambda: self._channel.up)
+        self._relays = Relays(
+            send=self._channel.send,
+            is_up=lambda: self._channel.up,
+            is_here=lambda: self._departure.presence is Presence.HERE,
+        )
         self._host: dict[str, Any] = {}
         self._applications = Applications(
             settings.socket,
@@ -81,8 +85,8 @@ class Agent:
             shares=self._shares,
         )
         self._departure = Departure(
-            self._transfers,
             self._applications,
+            all_home=self._all_home,
             send=self._channel.send,
             shares=self._shares,
             record=os.path.join(os.path.dirname(settings.socket), "unmounted.json"),
@@ -133,6 +137,10 @@ class Agent:
         log.warning("the host's service is away")
         self._transfers.host_down()
         self._departure.host_down()
+
+    async def _all_home(self) -> None:
+        await self._relays.all_closed()
+        await self._transfers.all_home()
 
     def _shares(self) -> tuple[str, ...]:
         return self._settings.shares or find_shares()

@@ -323,6 +323,7 @@ class _Client:
                 "message": outcome.message,
                 "errno": outcome.errno or None,
                 "cursor": outcome.cursor,
+                "rest": outcome.rest,
                 "away": self._door.away,
             }
         )

@@ -17,14 +17,13 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 
 from guest_agent.applications import Applications
 from guest_agent.handoff.presence import Presence, move_presence
 from guest_agent.handoff.wire import Header
 from guest_agent.mounts import Mount, holders, mount_again, mounts_at, unmount
-from guest_agent.transfers import Transfers
 
 log = logging.getLogger("streamlift.agent")
 
@@ -38,18 +37,19 @@ ALONE_LIMIT = 5.0
 
 
 class Departure:
-    """`send` is the channel's, `shares` the mount points; `record`: a file for what is to be mounted again."""
+    """`all_home` waits until nothing is out; `send` is the channel's, `shares` the mount points; `record`: a file for what is to be
+    mounted again."""
 
     def __init__(
         self,
-        transfers: Transfers,
         applications: Applications,
         *,
+        all_home: Callable[[], Awaitable[None]],
         send: Callable[[Header, bytes], None],
         shares: Callable[[], tuple[str, ...]],
         record: str,
     ) -> None:
-        self._transfers, self._applications = transfers, applications
+        self._applications, self._all_home = applications, all_home
         self._send, self._shares, self._record = send, shares, record
         self.presence = Presence.HERE
         self._message, self._call = "", 0
@@ -87,7 +87,7 @@ class Departure:
     async def _leave(self, limit: float) -> None:
         mounts = mounts_at(self._shares())
         self._applications.leaving(let_go=bool(mounts))
-        await self._transfers.all_home()
+        await self._all_home()
         try:
             async with asyncio.timeout(limit):
                 await self._applications.all_let_go()

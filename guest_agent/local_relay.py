@@ -21,6 +21,7 @@ from typing import IO, Any
 from guest_agent import local
 from guest_agent.handoff.positions import Positions
 from guest_agent.handoff.ring_file import Piece, RingReader
+from guest_agent.held_files import held
 from guest_agent.ring import Ring
 
 POLL_INTERVAL = 0.02
@@ -111,7 +112,7 @@ class LocalRelay:
         if isinstance(target, ssl.SSLSocket):
             raise OSError(errno.EOPNOTSUPP, "asyncio cannot send on an SSLSocket: give its transport, or the StreamWriter")
         sink = LocalSink(self, target, self._tail if join == "oldest" else self._head)
-        sink.early = begin if begin is None or self._by_bytes else min(begin, self._head)
+        sink.early = begin if begin is None or self._by_bytes else min(begin, self._positions.end)
         self._sinks.add(sink)
         sink.task = asyncio.get_running_loop().create_task(self._send(sink))
         sink.over.add_done_callback(lambda _: self._left(sink))
@@ -191,12 +192,13 @@ class LocalRelay:
         return {"engine": "local", "head": self._head, "tail": self._tail, "sink_count": len(self._sinks), "lost": lost}
 
 
-def begin(source: Any, *, ring_entries: int, entry_bytes: int, offset: int) -> LocalRelay:
-    """`source`: a non-blocking socket, a StreamReader, a file that grows, or a `Ring`. Raises ValueError."""
+def begin(source: Any, *, ring_entries: int, entry_bytes: int, offset: int, rest: bytes = b"") -> LocalRelay:
+    """`source`: a non-blocking socket, a StreamReader, a file that grows, or a `Ring`. `offset`: the first position; `rest`: what
+    has come already. Raises ValueError."""
     if isinstance(source, asyncio.StreamReader):
-        counted = _counted(_stream_parts(source, entry_bytes))
+        parts = _stream_parts(source, entry_bytes)
     elif isinstance(source, socket.socket):
-        counted = _counted(_socket_parts(source, entry_bytes))
+        parts = _socket_parts(source, entry_bytes)
     elif isinstance(source, asyncio.BaseTransport | asyncio.StreamWriter):
         raise ValueError("a transport cannot be read: publish the StreamReader's socket")
     else:
@@ -204,15 +206,15 @@ def begin(source: Any, *, ring_entries: int, entry_bytes: int, offset: int) -> L
         entries = _ring_entries(source.path, offset, entry_bytes) if of_ring else _file_entries(source, offset, entry_bytes)
         positions = Positions(ring_entries, offset, usual=entry_bytes)
         return LocalRelay(entries, ring_entries=ring_entries, positions=positions, by_bytes=True)
-    return LocalRelay(counted, ring_entries=ring_entries, positions=Positions(ring_entries, 0, usual=1), by_bytes=False)
+    counted = _counted(parts, offset, rest)
+    return LocalRelay(counted, ring_entries=ring_entries, positions=Positions(ring_entries, offset, usual=1), by_bytes=False)
 
 
-async def _counted(parts: AsyncIterator[bytes]) -> Entries:
+async def _counted(parts: AsyncIterator[bytes], number: int, rest: bytes) -> Entries:
     """Of a source without positions of its own the entries are counted."""
-    number = 0
     async for part in parts:
-        yield number, part
-        number += 1
+        yield number, rest + part
+        number, rest = number + 1, b""
 
 
 async def _socket_parts(sock: socket.socket, size: int) -> AsyncIterator[bytes]:
@@ -229,15 +231,17 @@ async def _stream_parts(reader: asyncio.StreamReader, size: int) -> AsyncIterato
 async def _file_entries(file: IO[bytes], offset: int, size: int) -> Entries:
     fd = os.dup(file.fileno())
     try:
-        while True:
-            data = os.pread(fd, size, offset)
-            if data:
-                yield offset, data
-                offset += len(data)
-            elif os.fstat(fd).st_size < offset:
-                raise OSError(errno.ESTALE, "the file was cut short")
-            else:
-                await asyncio.sleep(POLL_INTERVAL)
+        with held(fd) as hold:
+            while True:
+                hold.check()
+                data = os.pread(fd, size, offset)
+                if data:
+                    yield offset, data
+                    offset += len(data)
+                elif os.fstat(fd).st_size < offset and not hold.away:
+                    raise OSError(errno.ESTALE, "the file was cut short")
+                else:
+                    await asyncio.sleep(POLL_INTERVAL)
     finally:
         os.close(fd)
 

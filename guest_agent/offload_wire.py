@@ -74,7 +74,8 @@ class Refused(Exception):
 @dataclass(frozen=True)
 class Reply:
     """How a request ended; `sent` bytes were delivered by the host. `cursor`: of a relay's sink, the position where it would have
-    gone on; `away`: the VM is leaving its host."""
+    gone on, of its source where that stands; `rest`: what has come of the next entry, in hexadecimal digits; `away`: the VM is
+    leaving its host."""
 
     outcome: str
     sent: int
@@ -83,6 +84,7 @@ class Reply:
     errno: int | None = None
     cursor: int | None = None
     away: bool = False
+    rest: str = ""
 
 
 def here(reason: str) -> Reply:
@@ -199,7 +201,8 @@ def read_reply(message: Message) -> Reply:
     if outcome not in ("offloaded", "local", "failed") or type(sent) is not int or sent < 0:
         raise ValueError(f"outcome {outcome!r}, sent {sent!r}")
     reason, words = message.get("reason"), message.get("message") or ""
-    return Reply(outcome, sent, reason, words, message.get("errno"), message.get("cursor"), message.get("away") is True)
+    more = {name: message[name] for name in ("errno", "cursor", "away", "rest") if name in message}
+    return Reply(outcome, sent, reason, words, **more)
 
 
 # The connection.

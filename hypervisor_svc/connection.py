@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, repr=False)
 class Guest:
-    """A VM with a channel: what it is, what it has out, what was counted. Bytes and numbers since the service's start. `presence`
-    is what its agent says; `call` counts how often it was asked to leave, and `answers`: it has heard the last one."""
+    """A VM with a channel: what it is, what it has out, what was counted (`refused`, `lost`: by reason). Bytes and numbers since
+    the service's start. `presence` is what its agent says; `call` counts how often it was asked to leave, and `answers`: it has
+    heard the last one."""
 
     machine: Machine
     channel: Channel | None = None
@@ -41,11 +42,15 @@ class Guest:
     relays: dict[str, Relay] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
     bytes_sent: int = 0
     bytes_per_second: float = 0.0
     _measured: tuple[float, int] = (0.0, 0)
     draining: bool = False
+    paused_until: float = 0.0
+    """time.monotonic(); until then nothing more goes out, for a measurement."""
     gone: bool = False
+    paused: bool = False
     presence: Presence = Presence.HERE
     presence_message: str = ""
     call: int = 0

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import struct
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -153,10 +154,15 @@ class Guests:
         guest.channel.stop()
         guest.gone = True
         self.relays.guest_gone(guest)
-        for connection in list(guest.connections.values()):
-            self._recall(connection)
-            self._end(connection)
+        self._end_all(guest)
         guest.changed()
+
+    def pause(self, uuid: str, *, paused: bool) -> None:
+        """A VM's processors stand still, or go on. Files and relays go on as well; who is finished waits to come home, however long
+        that takes."""
+        guest = self._by_uuid.get(uuid)
+        if guest is not None:
+            guest.paused = paused
 
     def close(self) -> None:
         """Stop everything; what is still out is ended."""
@@ -188,7 +194,7 @@ class Guests:
     def call_home(self, guest: Guest) -> None:
         """Everything of a VM that is leaving."""
         for relay in list(guest.relays.values()):
-            self.relays.close(relay)
+            self.relays.leave(relay)
         self.hand_back_all(guest, Reason.DRAINING)
 
     def take_again(self, guest: Guest) -> None:
@@ -233,13 +239,13 @@ class Guests:
         if isinstance(event, Message):
             self._message(guest, event)
         elif isinstance(event, Established):
-            same = guest.hello.get("instance") == event.hello.get("instance")
-            guest.hello = event.hello
+            before, guest.hello = guest.hello, event.hello
+            same = before.get("instance") == event.hello.get("instance")
             log.info("%s: agent %s answers", guest.machine.name, event.hello.get("agent_version", "?"))
             if same:
                 self._say_again(guest)
             else:
-                self._another_life(guest)
+                self._another_life(guest, rebooted=before.get("boot") not in (None, event.hello.get("boot")))
             guest.changed()
         elif isinstance(event, Violation):
             self._count_refusal(guest, event.reason, event.message)
@@ -271,16 +277,27 @@ class Guests:
     def _end_orphans(self, guest: Guest) -> None:
         if guest.channel is not None and guest.channel.state == "hello":
             return
+        if guest.paused:
+            self._loop.call_later(self._limits.orphan_timeout, self._end_orphans, guest)
+            return
         for connection in list(guest.connections.values()):
             if connection.finished or connection.state is Host.RETURNING:
                 self._end(connection)
 
-    def _another_life(self, guest: Guest) -> None:
+    def _another_life(self, guest: Guest, *, rebooted: bool) -> None:
         """Another life of the agent does not know for whom it opened relays. Their connections go home, to those who ask for them.
-        Whether it is here it says itself."""
+        Whether it is here it says itself. After a reboot nobody is left who could ask."""
         guest.draining, guest.presence, guest.presence_message = False, Presence.HERE, ""
         for relay in list(guest.relays.values()):
             self.relays.close(relay)
+        if rebooted:
+            self._end_all(guest)
+
+    def _end_all(self, guest: Guest) -> None:
+        """Nobody is left who could take its connections back."""
+        for connection in list(guest.connections.values()):
+            self._recall(connection)
+            self._end(connection)
 
     def _say_again(self, guest: Guest) -> None:
         """The channel was cut: whether the guest heard that these come home, or we that they did, nobody knows."""
@@ -325,6 +342,8 @@ class Guests:
             raise GuestError(Reason.DUPLICATE, f"the host has this connection already: {flow.client}")
         if guest.draining:
             raise HostError(Reason.DRAINING, "the VM is being drained")
+        if time.monotonic() < guest.paused_until:
+            raise HostError(Reason.OPERATOR, "the operator measures without the offload")
         if len(guest.connections) >= self._limits.max_connections:
             raise HostError(Reason.TABLE_FULL, f"{self._limits.max_connections} connections of this VM are out")
         if queued > self._limits.max_queue_bytes:
@@ -446,9 +465,10 @@ class Guests:
             state = Presence(header.get("state"))
         except ValueError:
             raise GuestError(Reason.BAD_REQUEST, f"presence {header.get('state')!r:.40}") from None
+        was_away = guest.presence is Presence.AWAY
         guest.presence, guest.presence_message = state, str(header.get("message", ""))[:500]
         guest.answers = header.get("call") == guest.call
-        if guest.stays:
+        if guest.stays or (was_away and state is not Presence.AWAY):
             guest.draining = False
         guest.changed()
 
@@ -474,6 +494,7 @@ class Guests:
         try:
             self._hand_back.hand_back(connection)
         except (HandoffError, OSError) as error:
+            log.info("%s: %s cannot go home: %s", guest.machine.name, connection.flow.client, error)
             self._client_gone(connection, error.errno or errno.ECONNRESET)
             return
         connection.timer = self._loop.call_later(RETURN_LIMIT, self._never_came_home, connection)
@@ -508,17 +529,20 @@ class Guests:
             self._hand_back.recall(connection)
 
     def _never_came_home(self, connection: Connection) -> None:
-        if connection.state is Host.RETURNING:
+        if connection.guest.paused:
+            connection.timer = self._loop.call_later(RETURN_LIMIT, self._never_came_home, connection)
+        elif connection.state is Host.RETURNING:
             log.warning("%s: %s was never taken back", connection.guest.machine.name, connection.token)
             connection.guest.refused[Reason.TIMED_OUT.value] += 1
+            connection.reason = Reason.TIMED_OUT
             self._end(connection)
 
     def _client_gone(self, connection: Connection, number: int) -> None:
         """The connection is dead (reset, timed out), or beyond our help: then the kernel closes it as for a dead process."""
         self._recall(connection)
+        connection.reason = Reason.PEER_GONE
         self._close(connection)
         connection.guest.counters["failed"] += 1
-        connection.reason = Reason.PEER_GONE
         self._tell_failed(connection, number)
 
     def _lagged(self, connection: Connection) -> None:
@@ -548,6 +572,7 @@ class Guests:
 
     def _close(self, connection: Connection) -> None:
         """As the kernel does for a process that dies; the redirect goes when the last packet has passed."""
+        connection.guest.lost[(connection.reason or Reason.APPLICATION_GONE).value] += 1
         self._stop(connection)
         self._forget(connection)
         with contextlib.suppress(OSError, HandoffError):

@@ -21,6 +21,7 @@ from typing import Any
 import libvirt
 
 from hypervisor_svc.control import ControlError, call
+from hypervisor_svc.errors import as_typed
 from hypervisor_svc.leave import DEADLINE, Late
 
 PROGRESS_INTERVAL = 0.1
@@ -88,12 +89,16 @@ def migrate(domain: libvirt.virDomain, plan: Plan, *, on_step: OnStep = lambda s
         returned = _return(name, plan)
         if not isinstance(error, MigrateError | KeyboardInterrupt):
             raise
-        failure = error if isinstance(error, MigrateError) else MigrateError("cancelled", "the VM runs on here")
+        failure = error if isinstance(error, MigrateError) else _cancelled(name, plan)
         failure.returned = returned
         raise failure from None
     met = _meet(name, plan.destination_control, on_step) if plan.destination_control is not None else None
     total = round((time.monotonic() - begin) * 1000)
     return {"step": "done", "moved": True, "leave": left, "downtime_ms": _downtime(domain), "total_ms": total, "meet": met}
+
+
+def _cancelled(name: str, plan: Plan) -> MigrateError:
+    return MigrateError("cancelled", as_typed(f"migrate {name} {plan.destination}"))
 
 
 def _expect(name: str, control: str) -> Step:
@@ -114,7 +119,7 @@ def _leave(name: str, plan: Plan) -> Step:
     except ControlError as error:
         raise MigrateError(str(error), error.hint) from None
     except KeyboardInterrupt:
-        failure = MigrateError("cancelled", "the VM runs on here")
+        failure = _cancelled(name, plan)
         failure.returned = _return(name, plan)
         raise failure from None
 
@@ -196,9 +201,9 @@ def explain(code: int, message: str, name: str, destination: str) -> tuple[str, 
     """Whose fault it is that a migration failed, and what to type next; `code` and `message` are libvirt's."""
     words = message.lower()
     if code == libvirt.VIR_ERR_OPERATION_ABORTED:
-        return "the migration was cancelled", "the VM runs on here"
+        return "the migration was cancelled", as_typed(f"migrate {name} {destination}")
     if "virtfs" in words or "mounted in the guest" in words:
-        return f"the guest has the share mounted: {message}", f"streamlift leave {name}"
+        return f"the guest has the share mounted: {message}", as_typed(f"leave {name}")
     if code == libvirt.VIR_ERR_MIGRATE_UNSAFE:
         return message, "the disk must be on storage that both hosts have: --unsafe if it is, --copy-storage if it is not"
     if "fsdev" in words or "9pfs" in words:

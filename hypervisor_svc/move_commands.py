@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from hypervisor_svc.attach import find_domain
-from hypervisor_svc.control import ControlError, call
+from hypervisor_svc.control import call
+from hypervisor_svc.errors import OperatorError, as_typed
 from hypervisor_svc.migrate import LEAVE_PATIENCE, MigrateError, Plan, Step
 from hypervisor_svc.migrate import migrate as run
 
@@ -24,10 +25,8 @@ def leave(control: str, domain: str, *, deadline: float, late: str, as_json: boo
         left = call(control, "leave", patience=LEAVE_PATIENCE, machine=domain, deadline=deadline, late=late)
     except KeyboardInterrupt:
         call(control, "return", machine=domain)
-        raise _failed("cancelled", "the VM works with this host again") from None
-    except ControlError as error:
-        raise _failed(str(error), error.hint) from None
-    told = f"{domain} is away: {_told(left)}\n  next: migrate or save it, or: streamlift return {domain}"
+        raise OperatorError("cancelled; the VM works with this host again", as_typed(f"leave {domain}")) from None
+    told = f"{domain} is away: {_told(left)}\n  next: migrate or save it, or: {as_typed(f'return {domain}')}"
     typer.echo(json.dumps(left) if as_json else told)
 
 
@@ -36,13 +35,6 @@ def _told(left: Step) -> str:
     words = {"finished": "are finished from here", "reset": "were reset"}
     late = "".join(f", {left[what]} {word}" for what, word in words.items() if left[what])
     return f"{left['home']} of {left['connections']} connections came home in {left['drain_ms']:g} ms{late}; {share}"
-
-
-def _failed(message: str, hint: str) -> typer.Exit:
-    typer.echo(f"streamlift: {message}", err=True)
-    if hint:
-        typer.echo(f"  {hint}", err=True)
-    return typer.Exit(1)
 
 
 def migrate(connection: Any, domain: str, plan: Plan, *, as_json: bool) -> None:
@@ -60,8 +52,8 @@ def migrate(connection: Any, domain: str, plan: Plan, *, as_json: bool) -> None:
             failure = {"step": "failed", "moved": False, "error": str(error), "hint": error.hint, "returned": error.returned}
             typer.echo(json.dumps(failure))
             raise typer.Exit(1) from None
-        stuck = "" if error.returned else f"; it is not back yet, its agent goes on trying: streamlift return {domain}"
-        raise _failed(f"{domain} did not move: {error}{stuck}", error.hint) from None
+        stuck = "" if error.returned else "; it is not back yet, its agent goes on trying"
+        raise OperatorError(f"{domain} did not move: {error}{stuck}", error.hint) from None
     typer.echo(json.dumps(done) if as_json else _summary(domain, done))
 
 

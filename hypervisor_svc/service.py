@@ -15,6 +15,7 @@ import platform
 import signal
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from guest_agent.handoff.backend import Backend, choose
@@ -26,8 +27,11 @@ from hypervisor_svc.config import Config
 from hypervisor_svc.connection import Connection, Guest
 from hypervisor_svc.control import ControlError, ControlServer, Handler
 from hypervisor_svc.domains import Domains, Machine
+from hypervisor_svc.errors import as_typed
+from hypervisor_svc.foreign_moves import ForeignMoves
 from hypervisor_svc.guests import Guests, Limits
 from hypervisor_svc.inject import Injector
+from hypervisor_svc.monitor import Monitor
 from hypervisor_svc.redirect import NatRedirect, Redirect
 from hypervisor_svc.relay import RelayLimits
 from hypervisor_svc.transparent import TransparentRedirect
@@ -35,6 +39,7 @@ from hypervisor_svc.transparent import TransparentRedirect
 log = logging.getLogger("streamlift.service")
 
 DRAIN_LIMIT = 2.0
+LONGEST_PAUSE = 600.0
 
 
 class Service:
@@ -45,10 +50,11 @@ class Service:
         self._stack = contextlib.AsyncExitStack()
         self._started = time.monotonic()
         self._lossless = False
-        self._domains: Domains | None = None
         self._guests: Guests
+        self._moves: ForeignMoves
         self._redirect: BridgedRedirect
         self._backend: Backend
+        self._domains: Domains | None = None
 
     async def __aenter__(self) -> Service:
         async with contextlib.AsyncExitStack() as stack:
@@ -73,8 +79,10 @@ class Service:
             )
             stack.callback(self._guests.close)
             stack.push_async_callback(self._drain)
-            control = ControlServer(os.path.join(self._config.service.runtime_dir, "control.sock"), self._commands())
+            control = ControlServer(self._config.control_socket, self._commands())
             await stack.enter_async_context(control)
+            self._moves = ForeignMoves(self._guests)
+            stack.callback(self._moves.close)
             self._find_machines(stack)
             self._stack = stack.pop_all()
         return self
@@ -128,10 +136,36 @@ class Service:
                 bridge=vm.bridge,
             )
             self._machine_up(machine)
+            if vm.qmp is not None:
+                self._watch(machine.uuid, vm.qmp, stack)
         if self._config.libvirt.enabled:
-            self._domains = Domains(self._config.libvirt.uri, on_up=self._machine_up, on_down=self._guests.machine_down)
+            self._domains = Domains(
+                self._config.libvirt.uri,
+                on_up=self._machine_up,
+                on_down=self._machine_down,
+                on_migrating=self._moves.begins,
+                on_stays=self._moves.ends,
+                on_paused=self._paused,
+            )
             self._domains.start()
             stack.callback(self._domains.stop)
+
+    def _watch(self, uuid: str, path: str, stack: contextlib.AsyncExitStack) -> None:
+        monitor = Monitor(
+            path,
+            on_migrating=partial(self._moves.begins, uuid),
+            on_stays=partial(self._moves.ends, uuid),
+            on_paused=partial(self._paused, uuid),
+        )
+        monitor.start()
+        stack.push_async_callback(monitor.stop)
+
+    def _machine_down(self, uuid: str) -> None:
+        self._moves.gone(uuid)
+        self._guests.machine_down(uuid)
+
+    def _paused(self, uuid: str, paused: bool) -> None:
+        self._guests.pause(uuid, paused=paused)
 
     def _machine_up(self, machine: Machine) -> None:
         priority = self._config.policy.vm_priority.get(machine.name, machine.priority)
@@ -155,6 +189,7 @@ class Service:
             "connections": self._connections,
             "relays": self._relays,
             "hand_back": self._hand_back,
+            "pause": self._pause,
             "leave": self._leave,
             "return": self._return,
             "expect": self._expect,
@@ -172,12 +207,31 @@ class Service:
             "relay_engine": self._guests.relays.engine,
             "redirect": self._config.redirect.mode,
             "lossless_freeze": self._lossless,
+            "libvirt": self._libvirt(),
+            "limits": self._quotas(),
             "durations": self._guests.durations.summary(request.get("samples")),
             "machines": machines,
             "totals": {
                 key: sum(machine[key] for machine in machines)
-                for key in ("connections_out", "handed_out", "handed_back", "failed", "bytes_sent", "bytes_per_second")
+                for key in ("connections_out", "handed_out", "handed_back", "failed", "ended", "bytes_sent", "bytes_per_second")
             },
+        }
+
+    def _libvirt(self) -> dict[str, Any] | None:
+        """Where VMs are looked for, and those that run without our channel; None: nowhere."""
+        if self._domains is None:
+            return None
+        found = self._domains
+        return {"uri": found.uri, "connected": found.connected, "without_channel": list(found.without_channel)}
+
+    def _quotas(self) -> dict[str, Any]:
+        """What each VM may have, by the names under which its status tells what it has."""
+        policy, relay = self._config.policy, self._config.relay
+        return {
+            "connections_out": policy.max_connections_per_vm,
+            "relays": relay.max_relays_per_vm,
+            "ring_bytes": relay.max_ring_bytes_per_vm,
+            "frames_per_second": policy.max_frames_per_second,
         }
 
     def _connections(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -188,15 +242,23 @@ class Service:
         return {"relays": self._guests.relays.rows(iter(self._guests))}
 
     def _hand_back(self, request: dict[str, Any]) -> dict[str, Any]:
-        guest = self._guest(request)
-        return {"handed_back": self._guests.hand_back_all(guest, Reason.OPERATOR, request.get("token"))}
+        return {"handed_back": self._guests.hand_back_all(self._guest(request), Reason.OPERATOR, request.get("token"))}
+
+    def _pause(self, request: dict[str, Any]) -> dict[str, Any]:
+        """For so many seconds nothing more of a VM goes out; 0 ends it. What is out stays out."""
+        seconds = float(request["seconds"])
+        if not 0 <= seconds <= LONGEST_PAUSE:
+            raise ValueError(f"a pause is 0 to {LONGEST_PAUSE:g} seconds long, not {seconds:g}")
+        self._guest(request).paused_until = time.monotonic() + seconds
+        return {"seconds": seconds}
 
     def _guest(self, request: dict[str, Any]) -> Guest:
+        """The VM that a request names. Raises ControlError."""
         name = request.get("machine")
         found: list[Guest] = [guest for guest in self._guests if guest.machine.name == name]
         if not found:
             known = ", ".join(guest.machine.name for guest in self._guests) or "none"
-            hint = "'streamlift attach' gives a VM the channel"
+            hint = f"sudo {as_typed(f'attach {name} --share FOLDER --address ADDRESS')}"
             raise ControlError(f"no VM named {name!r} has a channel here (known: {known})", hint)
         return found[0]
 
@@ -245,11 +307,14 @@ def _machine_status(guest: Guest) -> dict[str, Any]:
         "share": guest.machine.share,
         "priority": guest.machine.priority,
         "relays": len(guest.relays),
+        "ring_bytes": sum(relay.ring_bytes for relay in guest.relays.values()),
+        "frames_per_second": guest.channel.frames_per_second if guest.channel else 0,
         "connections_out": len(guest.connections),
         "handed_out": guest.counters["handed_out"],
         "handed_back": guest.counters["handed_back"],
         "failed": guest.counters["failed"],
         "ended": guest.counters["ended"],
+        "lost": dict(guest.lost),
         "held_packets": guest.counters["held_packets"],
         "late_packets": guest.counters["late_packets"],
         "refused": dict(guest.refused),

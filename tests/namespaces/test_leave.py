@@ -6,15 +6,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import os
+import random
+import socket
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.client import make_content
-from tests.namespaces.deployment import Deployment, deployed, wait_for
+from tests.namespaces.deployment import ROOT, Deployment, deployed, wait_for
 from tests.namespaces.topology import routed
+from tests.transport_stream import stream
 
 pytestmark = pytest.mark.root
 
@@ -38,6 +46,42 @@ def mounted_now(deployment: Deployment) -> bool:
     """Whether the guest has the share."""
     assert deployment.agent.popen is not None
     return f" {deployment.folder}/mnt " in Path(f"/proc/{deployment.agent.popen.pid}/mounts").read_text()
+
+
+def inside(deployment: Deployment) -> list[str]:
+    """What starts a program where the guest's share is mounted."""
+    return deployment.agent.argv[: deployment.agent.argv.index("--") + 1]
+
+
+def relay_sinks(deployment: Deployment) -> int:
+    """Of all relays together."""
+    return sum(row.get("sink_count", 0) for row in deployment.call("relays")["relays"])
+
+
+def connected(address: str, port: int) -> socket.socket:
+    """To somebody who is about to listen; to be called in the client's namespace."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=20)
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+class Reader(threading.Thread):
+    """Keeps what comes on a socket, to its end."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(daemon=True)
+        self.data, self._sock = bytearray(), sock
+        self.start()
+
+    def run(self) -> None:
+        with self._sock, contextlib.suppress(OSError):
+            while piece := self._sock.recv(1 << 16):
+                self.data += piece
 
 
 @contextlib.contextmanager
@@ -79,3 +123,62 @@ def test_transfers_wait_and_go_on_where_they_stopped(deployment: Deployment) -> 
         assert all_complete(deployment, curls)
     counters = deployment.counters()
     assert (counters["offloaded"], counters["failed"], counters["local"]) == (5, 0, {})
+
+
+# Relays.
+
+
+def _grow(path: Path, stop: threading.Event, body: bytes, written: list[int]) -> None:
+    """A file that grows by a packet or three, a hundred times a second."""
+    with path.open("ab", buffering=0) as file:
+        at = 0
+        while not stop.wait(0.01) and at < len(body):
+            piece = body[at : at + random.Random(at).randrange(100, 4000)]
+            file.write(piece)
+            at += len(piece)
+        file.write(body[at : at - at % 188 + 188 * 50])
+        written.append(file.tell())
+
+
+def test_a_relay_of_a_file_goes_on_without_gap_or_repeat(deployment: Deployment, tmp_path: Path) -> None:
+    count, path = 10, deployment.share / "growing.ts"
+    path.write_bytes(b"")
+    body, stop, written = b"".join(stream(12_000)), threading.Event(), []
+    argv = [*inside(deployment), sys.executable, "-m", "tests.namespaces.moving_app", f"{deployment.folder}/mnt/growing.ts", "9000"]
+    app = deployment.network.guest.popen(
+        [*argv, str(count)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "STREAMLIFT_AGENT": str(deployment.folder / "agent.sock")},
+    )
+    writer = threading.Thread(target=_grow, args=(path, stop, body, written))
+    with app:
+        assert app.stdin is not None and app.stdout is not None
+        assert json.loads(app.stdout.readline()) == {"path": "offloaded", "reason": None}
+        with deployment.network.client.entered():
+            clients = [connected("10.77.1.2", 9000) for _ in range(count)]
+        readers = [Reader(client) for client in clients]
+        assert json.loads(app.stdout.readline()) == {"sinks": count}
+        writer.start()
+        for _ in range(3):
+            time.sleep(0.5)
+            left = deployment.call("leave", machine="guest")
+            assert left["home"] == count
+            time.sleep(0.2)
+            deployment.call("return", machine="guest")
+            wait_for(lambda: relay_sinks(deployment) == count, "all are sinks again")
+        stop.set()
+        writer.join()
+        size = written[0]
+        wait_for(lambda: all(len(reader.data) >= size // 188 * 188 for reader in readers), "all has come")
+        app.stdin.write(b"\n")
+        app.stdin.flush()
+        facts = json.loads(app.stdout.readline())
+    for reader in readers:
+        reader.join()
+    assert facts["still"] == count
+    expected = path.read_bytes()
+    for reader, ending in zip(readers, facts["endings"], strict=True):
+        assert bytes(reader.data) == expected[: len(reader.data)]
+        assert (ending["sent"], ending["cursor"], ending["alive"]) == (len(reader.data), len(reader.data), True)

@@ -28,6 +28,9 @@ PROPERTIES: tuple[Callable[[], None], ...] = (
     test_snapshot.test_any_json_never_crashes,
     test_ring_file.test_no_header_crashes,
     test_policy.test_no_request_crashes,
+    test_policy.test_no_relay_crashes,
+    test_policy.test_no_sink_crashes,
+    test_policy.test_no_udp_sink_crashes,
     test_policy.test_no_token_crashes,
 )
 ROUND = settings(
