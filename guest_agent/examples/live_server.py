@@ -130,10 +130,11 @@ class Server:
     async def _mount(self, path: str) -> Mount | None:
         """What there is at `path`; a file becomes a stream by being asked for."""
         async with self.opening:
+            await offload.present()
             mount, file = self.mounts.get(path), None
             if mount is not None or (file := self._growing(path)) is None:
                 return mount
-            with contextlib.closing(file):
+            with contextlib.closing(file), offload.hold(file.fileno()):
                 relay = await self._publish(file, TRANSPORT_STREAM)
             mount = self.mounts[path] = Mount(path, TRANSPORT_STREAM, "", relay, from_file=True)
             return mount
@@ -295,6 +296,7 @@ async def _main(arguments: Any) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    offload.attend()
     listener = listen(arguments.host, arguments.port)
     host, port = listener.getsockname()[:2]
     print(f"live at {f'[{host}]' if ':' in host else host}:{port}", flush=True)
