@@ -463,6 +463,8 @@ class Guests:
         guest.answers = header.get("call") == guest.call
         if guest.stays or (was_away and state is not Presence.AWAY):
             guest.draining = False
+        elif state is Presence.AWAY and not guest.call:
+            guest.send({"type": "return"})  # it left in a former life, and was restored or moved here
         guest.changed()
 
     # What becomes of a connection.
