@@ -235,6 +235,13 @@ def come_back(domain: Annotated[str, typer.Argument(help="Name of the VM.")], as
     typer.echo(json.dumps(result) if as_json else f"{domain} is here again, after {result['ms']:g} ms")
 
 
+@app.command(epilog=examples("streamlift expect tv1"))
+def expect(domain: Annotated[str, typer.Argument(help="Name of the VM.")], as_json: AsJson = False) -> None:
+    """Tell the service that a VM is about to come; libvirt's hook does. The service would find it by itself, within seconds."""
+    result = _ask("expect", machine=domain)
+    typer.echo(json.dumps(result) if as_json else f"{domain} is expected")
+
+
 @app.command(epilog=examples("streamlift migrate tv1 qemu+ssh://host2/system", "streamlift migrate --late wait --unsafe tv1 qemu+ssh://host2/system"))
 def migrate(
     domain: Annotated[str, typer.Argument(help="Name of the VM.")],

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-import struct
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.errors import GuestError, HandoffError, HostError, Reason
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.presence import Presence
-from guest_agent.handoff.segment import is_intact
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Established, Event, Header, Message, Violation
 from hypervisor_svc.channel import Channel
@@ -26,6 +24,7 @@ from hypervisor_svc.connection import Connection, Durations, Guest
 from hypervisor_svc.domains import Machine
 from hypervisor_svc.hand_back import HandBack
 from hypervisor_svc.handoff import Handoff
+from hypervisor_svc.held_packets import HeldPackets
 from hypervisor_svc.inject import Injector
 from hypervisor_svc.policy import (
     Job,
@@ -53,7 +52,6 @@ MEASURE_INTERVAL = 1.0
 LINGER = 60.0
 """Seconds that the redirect of a connection which the host closed stays at most, while its last packets pass."""
 LINGER_INTERVAL = 0.5
-MAX_SEGMENTS = 4096
 HOMEWARD = 8
 """Connections of relays that are sent home between two looks at everything else."""
 _REMEMBERED = 8192
@@ -90,9 +88,10 @@ class Guests:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.durations = Durations()
-        self._about, self._limits, self._keep, self._injector = about, limits, keep, injector
+        self._about, self._limits = about, limits
+        self._held = HeldPackets(keep, injector)
         self._handoff = Handoff(backend, redirect, keep, self.durations)
-        self._hand_back = HandBack(backend, redirect, keep, injector, self.durations, collect=self.collect_held)
+        self._hand_back = HandBack(backend, redirect, keep, injector, self.durations, collect=self._held.collect)
         self.schedule = Schedule()
         self._server = Server(self.schedule, quantum=quantum, on_finished=self._finished, on_gone=self._client_gone)
         self._user_engine = UserEngine(self.schedule)
@@ -109,12 +108,9 @@ class Guests:
         self._homeward: deque[Connection] = deque()
         self._kept: set[Connection] = set()
         self._by_uuid: dict[str, Guest] = {}
-        self._by_cookie: dict[int, Connection] = {}
         self._offered_flows: OrderedDict[str, Flow] = OrderedDict()
         self._over: OrderedDict[str, Header] = OrderedDict()
         self._started = self._loop.time()
-        if keep is not None:
-            self._loop.add_reader(keep, self.collect_held)
         self._measure()
 
     def _measure(self) -> None:
@@ -176,8 +172,7 @@ class Guests:
         self._user_engine.close()
         self.schedule.close()
         self._meter.cancel()
-        if self._keep is not None:
-            self._loop.remove_reader(self._keep)
+        self._held.close()
 
     def hand_back_all(self, guest: Guest, reason: Reason, token: str | None = None) -> int:
         """Stop transfers at a byte boundary and send their connections home, soon; the application sends the rest itself."""
@@ -357,7 +352,7 @@ class Guests:
     def _serve(self, guest: Guest, connection: Connection) -> None:
         """The guest is told, and then it is ours."""
         guest.connections[connection.token] = connection
-        self._by_cookie[connection.cookie] = connection
+        self._held.add(connection)
         guest.counters["handed_out"] += 1
         guest.send({"type": "taken", "token": connection.token})
         try:
@@ -371,7 +366,7 @@ class Guests:
             self._relay(connection)
         else:
             self._server.add(connection)
-        self.collect_held()
+        self._held.collect()
 
     def _relay(self, connection: Connection) -> None:
         try:
@@ -401,7 +396,7 @@ class Guests:
         connection = self._returning(guest, header)
         if not connection.direct:
             self._hand_back.unredirect(connection)
-        self.collect_held()  # after the last packet that can have come to our copy
+        self._held.collect()  # after the last packet that can have come to our copy
         self._forget(connection)
         self._remember(self._over, connection.token, self._hand_back.release(connection))
         guest.counters["handed_back"] += 1
@@ -425,9 +420,7 @@ class Guests:
         flow = connection.flow if connection else self._offered_flows.get(token)
         if flow is None or flow.server.address not in guest.machine.addresses:
             raise GuestError(Reason.UNKNOWN_TRANSFER, "late packets of a transfer that never was")
-        for segment in _segments(body):
-            guest.counters["late_packets"] += 1
-            self._injector.inject(flow, segment)
+        self._held.put_back(guest, flow, body)
 
     def _on_resume(self, guest: Guest, header: Header, body: bytes) -> None:
         """The agent lost the thread: tell it again where this transfer stands."""
@@ -470,6 +463,8 @@ class Guests:
         guest.answers = header.get("call") == guest.call
         if guest.stays or (was_away and state is not Presence.AWAY):
             guest.draining = False
+        elif state is Presence.AWAY and not guest.call:
+            guest.send({"type": "return"})  # it left in a former life, and was restored or moved here
         guest.changed()
 
     # What becomes of a connection.
@@ -596,41 +591,6 @@ class Guests:
         connection.guest.connections.pop(connection.token, None)
         connection.guest.changed()
         self._kept.discard(connection)
-        self._by_cookie.pop(connection.cookie, None)
+        self._held.remove(connection)
         if connection.timer is not None:
             connection.timer.cancel()
-
-    # Packets that frozen sockets did not take.
-
-    def collect_held(self) -> None:
-        """Sort what the hold kept; what belongs to a thawed connection goes back on the road at once."""
-        if self._keep is None:
-            return
-        for cookie, segment in self._keep.drain():
-            connection = self._by_cookie.get(cookie)
-            if connection is None:
-                continue
-            assert connection.endpoint is not None
-            if not is_intact(segment, connection.flow.client.address, connection.endpoint.address):
-                connection.guest.counters["damaged_packets"] += 1
-                continue
-            connection.guest.counters["held_packets"] += 1
-            if connection.state is Host.SERVING:
-                self._injector.inject(connection.flow, segment)
-            else:
-                connection.held.append(segment)
-
-
-def _segments(body: bytes) -> list[bytes]:
-    """Split the body of a `late` or `home` message. Raises GuestError."""
-    segments: list[bytes] = []
-    at = 0
-    while at < len(body) and len(segments) < MAX_SEGMENTS:
-        if at + 4 > len(body):
-            raise GuestError(Reason.BAD_REQUEST, "late packets: a length is cut short")
-        (length,) = struct.unpack_from(">I", body, at)
-        if not 20 <= length <= 65535 or at + 4 + length > len(body):
-            raise GuestError(Reason.BAD_REQUEST, f"late packets: a segment of {length} bytes")
-        segments.append(body[at + 4 : at + 4 + length])
-        at += 4 + length
-    return segments

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from hypervisor_svc.control import ControlError
 from tests.client import make_content
 from tests.namespaces.deployment import ROOT, Deployment, deployed, wait_for
 from tests.namespaces.topology import routed
@@ -86,7 +87,7 @@ class Reader(threading.Thread):
 
 @contextlib.contextmanager
 def downloads(
-    deployment: Deployment, count: int, *, rate: str = "8M", size: int = 64_000_000
+    deployment: Deployment, count: int, *, rate: str = "16M", size: int = 64_000_000
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """So many clients in the middle of a file."""
     url = f"http://10.77.1.2/{size}.bin"
@@ -125,6 +126,77 @@ def test_transfers_wait_and_go_on_where_they_stopped(deployment: Deployment) -> 
     assert (counters["offloaded"], counters["failed"], counters["local"]) == (5, 0, {})
 
 
+def test_requests_meanwhile_wait(deployment: Deployment) -> None:
+    """The server opens nothing while the share is away; small files and large ones come afterwards."""
+    deployment.call("leave", machine="guest")
+    curls = [
+        deployment.network.client.popen(["sh", "-c", f"curl -sf http://10.77.1.2/{size}.bin | sha256sum"], stdout=subprocess.PIPE)
+        for size in (1000, 1_400_000)
+    ]
+    time.sleep(0.3)
+    assert all(curl.poll() is None for curl in curls)
+    deployment.call("return", machine="guest")
+    for curl, size in zip(curls, (1000, 1_400_000), strict=True):
+        assert all_complete(deployment, [curl], size)
+
+
+def test_somebody_keeps_the_share_busy(deployment: Deployment) -> None:
+    """The operator is told who; the guest works with its host all the time after, and leaves when nobody does."""
+    words = f"import time; file = open('{deployment.folder}/mnt/1000.bin'); print('open', flush=True); time.sleep(60)"
+    holder = deployment.network.guest.popen([*inside(deployment), sys.executable, "-c", words], stdout=subprocess.PIPE)
+    with holder, downloads(deployment, 2, rate="9M") as curls:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == b"open\n"
+            with pytest.raises(ControlError, match=f"python.*{holder.pid}.*1000.bin") as raised:
+                deployment.call("leave", machine="guest")
+            assert "offload.attend" in raised.value.hint
+            wait_for(lambda: deployment.machine()["presence"] == "here", "it is here again")
+            assert mounted_now(deployment)
+            wait_for(lambda: deployment.machine()["connections_out"] == 2, "both are out again")
+        finally:
+            holder.kill()
+        holder.wait()
+        assert deployment.call("leave", machine="guest")["presence"] == "away"
+        deployment.call("return", machine="guest")
+        assert all_complete(deployment, curls)
+
+
+def test_called_back_while_it_leaves(deployment: Deployment) -> None:
+    """`return` cancels a leave, and whoever asked for that is told."""
+    words = f"import time; file = open('{deployment.folder}/mnt/1000.bin'); print('open', flush=True); time.sleep(60)"
+    holder = deployment.network.guest.popen([*inside(deployment), sys.executable, "-c", words], stdout=subprocess.PIPE)
+    with holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == b"open\n"
+            refusals: list[str] = []
+            leaving = threading.Thread(target=lambda: refusals.append(_refusal(deployment)))
+            leaving.start()
+            wait_for(lambda: deployment.machine()["presence"] == "leaving", "it is leaving")
+            assert deployment.call("return", machine="guest")["presence"] == "here"
+            leaving.join()
+            assert "called back" in refusals[0]
+        finally:
+            holder.kill()
+    with downloads(deployment, 1, rate="40M") as curls:
+        assert all_complete(deployment, curls)
+
+
+def _refusal(deployment: Deployment) -> str:
+    with pytest.raises(ControlError) as raised:
+        deployment.call("leave", machine="guest")
+    return str(raised.value)
+
+
+def test_without_a_mounted_share_nobody_is_asked(tmp_path: Path, share: Path) -> None:
+    """Connections come home, and that is all."""
+    with routed() as network, deployed(network, tmp_path, share) as deployment, downloads(deployment, 3) as curls:
+        left = deployment.call("leave", machine="guest")
+        assert (left["home"], left["presence"]) == (3, "away")
+        deployment.call("return", machine="guest")
+        wait_for(lambda: deployment.machine()["connections_out"] == 3, "all are out again")
+        assert all_complete(deployment, curls)
+
+
 # Relays.
 
 
@@ -143,7 +215,8 @@ def _grow(path: Path, stop: threading.Event, body: bytes, written: list[int]) ->
 def test_a_relay_of_a_file_goes_on_without_gap_or_repeat(deployment: Deployment, tmp_path: Path) -> None:
     count, path = 10, deployment.share / "growing.ts"
     path.write_bytes(b"")
-    body, stop, written = b"".join(stream(12_000)), threading.Event(), []
+    body, stop = b"".join(stream(12_000)), threading.Event()
+    written: list[int] = []
     argv = [*inside(deployment), sys.executable, "-m", "tests.namespaces.moving_app", f"{deployment.folder}/mnt/growing.ts", "9000"]
     app = deployment.network.guest.popen(
         [*argv, str(count)],
