@@ -138,14 +138,13 @@ def _precopy(domain: libvirt.virDomain, plan: Plan, on_step: OnStep) -> None:
     job = _Job(domain, plan)
     job.start()
     try:
-        while job.is_alive():
-            job.join(PROGRESS_INTERVAL)
+        while not job.over.wait(PROGRESS_INTERVAL):
             with contextlib.suppress(libvirt.libvirtError):
                 on_step({"step": "precopy", **_progress(domain.jobStats())})
     except BaseException:
         with contextlib.suppress(libvirt.libvirtError):
             domain.abortJob()
-        job.join()
+        job.over.wait()
         if job.error is not None:
             raise
     if job.error is not None:
@@ -153,19 +152,23 @@ def _precopy(domain: libvirt.virDomain, plan: Plan, on_step: OnStep) -> None:
 
 
 class _Job(threading.Thread):
-    """libvirt's call, which lasts as long as the migration."""
+    """libvirt's call, which lasts as long as the migration. `over` is to be waited for: a `join` that Ctrl-C interrupts takes a thread
+    that runs for one that has ended (Python 3.11)."""
 
     def __init__(self, domain: libvirt.virDomain, plan: Plan) -> None:
         super().__init__(name="migrate", daemon=True)
         self._domain, self._plan = domain, plan
         self._flags = plan.flags(persistent=bool(domain.isPersistent()))
         self.error: libvirt.libvirtError | None = None
+        self.over = threading.Event()
 
     def run(self) -> None:
         try:
             self._domain.migrateToURI3(self._plan.destination, self._plan.parameters(), self._flags)
         except libvirt.libvirtError as error:
             self.error = error
+        finally:
+            self.over.set()
 
 
 def _progress(stats: dict[str, Any]) -> Step:

@@ -157,6 +157,10 @@ class LibvirtHost:
         # /sys shows the network of the namespace in which it was mounted, and libvirt looks for bridges there.
         self.run("mount", "-t", "sysfs", "none", "/sys")
         self.run("hostname", self.name)
+        # libvirt asks for its own name before it migrates, and nobody answers here.
+        names = self.directory / "hosts"
+        names.write_text(f"127.0.0.1 localhost {self.name}\n", encoding="ascii")
+        self.run("mount", "--bind", names, "/etc/hosts")
         self.run("ip", "link", "set", "lo", "up")
         self.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
 
