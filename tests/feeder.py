@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import functools
 import os
 import socket
@@ -59,7 +60,9 @@ def main() -> int:
     if options.encoder:
         targets.append(encoder(options.encoder, options.password))
     if options.file:
-        targets.append(functools.partial(os.write, os.open(options.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(options.file)  # what an earlier stream has left has the same numbers
+        targets.append(functools.partial(os.write, os.open(options.file, os.O_WRONLY | os.O_CREAT)))
     over, faults = threading.Event(), []
 
     def run(send: Callable[[bytes], object]) -> None:

@@ -145,9 +145,9 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
     for side in SIDES:
         own = [row for row in rows if row["side"] == side]
         times = [[1e3 * row["seconds"] for row in own], *([row["leave"][key] for row in own] for key in ("drain_ms", "share_ms"))]
-        times += [[row["downtime_ms"] for row in own], silences(rows, side)]
+        times += [[row["downtime_ms"] for row in own if row["downtime_ms"] is not None], silences(rows, side)]
         rates = [[row["mbit_per_second"][period] for row in own] for period in ("before", "during", "after")]
-        cells = [f"{statistics.median(values):,.0f}" for values in (*times, *rates)]
+        cells = [f"{statistics.median(values):,.0f}" if values else "-" for values in (*times, *rates)]
         table.add_row(side, *cells, f"{loss(rows, side):.0f} %")
     return [table]
 

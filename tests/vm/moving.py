@@ -198,7 +198,10 @@ class Watchers:
             relays = product.ask("relays")["relays"]
             return not missing and sum(row["sink_count"] for row in relays) >= self.sinks
 
-        wait_for(all_out, seconds=60, what="all are offloaded")
+        try:
+            wait_for(all_out, seconds=60, what="all are offloaded")
+        except TimeoutError:
+            raise AssertionError(f"not offloaded: {missing}; {product.ask('relays')}; {self.stop().faults}") from None
 
     def stop(self) -> Found:
         """What all of them saw."""
