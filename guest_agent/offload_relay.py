@@ -96,6 +96,8 @@ class Relay:
         self._settled = asyncio.Event()
         self._settled.set()
         self._task: asyncio.Task[None] | None = None
+        self._meanwhile: LocalRelay | None = None
+        self._rejoining: set[asyncio.Task[None]] = set()
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Done when the source gives no more: why."""
         self.over.add_done_callback(lambda _: source.close())
@@ -142,6 +144,9 @@ class Relay:
     async def _add(self, sink: Sink, begin: int | None) -> None:
         """By the host if it can, by this process if that can. Raises OSError."""
         while True:
+            if self._meanwhile is not None:
+                self._join_meanwhile(self._meanwhile, sink, begin)
+                return
             await self._settled.wait()
             if self._local is not None:
                 self._add_here(self._local, sink, begin)
@@ -264,6 +269,8 @@ class Relay:
         elif self._task is not None:
             self._task.cancel()
             self._end("closed")
+            if self._meanwhile is not None:
+                await self._meanwhile.close()
         else:
             self._tell("close_relay", relay=self.token)
         for there in list(self._beside):
@@ -305,6 +312,9 @@ class Relay:
                 await asyncio.sleep(MOVE_PAUSE)
             cursors = [cursor for cursor in self._waiting.values() if cursor is not None]
             self._source.go_on(left.cursor or 0, bytes.fromhex(left.rest), cursors)
+            await self._relay_meanwhile()
+            if self.over.done():
+                return
             await self._open()
         except OSError as error:
             self._task = None
@@ -314,6 +324,45 @@ class Relay:
         self._settled.set()
         waiting, self._waiting = self._waiting, {}
         await asyncio.gather(*(self._add_again(sink, cursor) for sink, cursor in waiting.items()))
+
+    async def _relay_meanwhile(self) -> None:
+        """A live stream needs no share: until the VM works with a host again, this process relays it."""
+        attendance = offload_asyncio.link().attendance
+        there = self._source.relay_meanwhile()
+        if there is None:
+            return
+        self._meanwhile, self.path = there, "local"
+        waiting, self._waiting = self._waiting, {}
+        for sink, cursor in waiting.items():
+            self._join_meanwhile(there, sink, cursor)
+        present = asyncio.ensure_future(attendance.present())
+        try:
+            await asyncio.wait((present, there.over), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            present.cancel()
+            self._meanwhile, self.path = None, "offloaded"
+        if there.over.done():
+            self._end(there.over.result())
+        await there.stop()
+        self._source.go_on(there.head, b"", [])
+
+    def _join_meanwhile(self, there: LocalRelay, sink: Sink, begin: int | None) -> None:
+        sink.path, sink._here = "local", there.add_sink(sink._target, join=sink._options["join"], begin=begin)
+        task = asyncio.get_running_loop().create_task(self._rejoin(sink, sink._here))
+        self._rejoining.add(task)
+        task.add_done_callback(self._rejoining.discard)
+
+    async def _rejoin(self, sink: Sink, here: LocalSink) -> None:
+        """When it has got everything that came meanwhile."""
+        ending = await here.over
+        if not ending.alive or here.removed or self.over.done():
+            sink._leave(ending)
+            return
+        sink._sent, sink._here = sink._sent + ending.sent, None
+        self._waiting[sink] = ending.cursor
+        if self._settled.is_set():
+            del self._waiting[sink]
+            await self._add_again(sink, ending.cursor)
 
     async def _add_again(self, sink: Sink, cursor: int | None) -> None:
         if cursor is None:
@@ -461,6 +510,10 @@ class _Source:
             self.options["offset"] = min([position, *cursors])
         else:
             self.options["first"], self.options["rest"] = position, rest.hex()
+
+    def relay_meanwhile(self) -> LocalRelay | None:
+        """By this process, if what it reads is not on the share."""
+        return self.relay_here() if isinstance(self.given, socket.socket) else None
 
     def relay_here(self) -> LocalRelay:
         """By this process."""
