@@ -146,14 +146,13 @@ class Domains:
         # A libvirtd that hangs counts as away after 5 * 3 s.
         connection.setKeepAlive(5, 3)
         for event in (
-            libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE,
             libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE,
             libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED,
             libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED,
         ):
             connection.domainEventRegisterAny(None, event, self._event, None)
         connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION, self._iteration, None)
-        connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._stands_still, None)
+        connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lives, None)
         connection.registerCloseCallback(self._event, None)
         return connection
 
@@ -173,7 +172,9 @@ class Domains:
         uuid = domain.UUIDString()
         self._tell(self._migrates, uuid)
 
-    def _stands_still(self, _connection: Any, domain: Any, event: int, _detail: int, _opaque: Any) -> None:
+    def _lives(self, _connection: Any, domain: Any, event: int, _detail: int, _opaque: Any) -> None:
+        """It came, went, was paused or resumed. libvirt takes one callback of ours for each kind of event."""
+        self._event()
         if event in (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_RESUMED):
             self._tell(self._on_paused, domain.UUIDString(), event == libvirt.VIR_DOMAIN_EVENT_SUSPENDED)
 

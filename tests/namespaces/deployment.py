@@ -236,6 +236,7 @@ def _deployed(
     deployment = Deployment(network, folder, share, service, agent, server)
     if live:
         live_argv = [python, "-m", "guest_agent.examples.live_server", "--port", str(LIVE_PORT), "--password", LIVE_PASSWORD]
+        live_argv += ["--folder", str(share / "live")]
         environment = {"STREAMLIFT_AGENT": socket_path}
         deployment.live = Process(network.guest, live_argv, folder / "live.log", environment)
     processes = [agent, service, server, *([deployment.live] if deployment.live else [])]
