@@ -79,6 +79,11 @@ class LocalRelay:
         self._reader = asyncio.get_running_loop().create_task(self._read())
 
     @property
+    def head(self) -> int:
+        """The position behind the newest entry."""
+        return self._positions.end
+
+    @property
     def _head(self) -> int:
         return self._positions.head
 
@@ -179,6 +184,11 @@ class LocalRelay:
             self.over.set_result("closed")
         self._waking = asyncio.get_running_loop().create_task(self._wake())
 
+    async def stop(self) -> None:
+        """The same, and the source is nobody's when this returns: what it has not given is still there."""
+        self.end()
+        await asyncio.wait((self._reader,))
+
     async def close(self) -> None:
         """Everybody leaves."""
         self.end()
@@ -212,15 +222,36 @@ def begin(source: Any, *, ring_entries: int, entry_bytes: int, offset: int, rest
 
 async def _counted(parts: AsyncIterator[bytes], number: int, rest: bytes) -> Entries:
     """Of a source without positions of its own the entries are counted."""
+    if rest:
+        yield number, rest
+        number += 1
     async for part in parts:
-        yield number, rest + part
-        number, rest = number + 1, b""
+        yield number, part
+        number += 1
 
 
 async def _socket_parts(sock: socket.socket, size: int) -> AsyncIterator[bytes]:
-    loop = asyncio.get_running_loop()
-    while data := await loop.sock_recv(sock, 65536 if sock.type == socket.SOCK_DGRAM else size):
+    """Whoever cancels this has taken nothing with it: nothing is waited for between a part's receipt and its place in the ring."""
+    size = 65536 if sock.type == socket.SOCK_DGRAM else size
+    while True:
+        try:
+            data = sock.recv(size)
+        except BlockingIOError:
+            await _readable(sock)
+            continue
+        if not data:
+            return
         yield data
+
+
+async def _readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(sock, lambda: None if ready.done() else ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
 
 
 async def _stream_parts(reader: asyncio.StreamReader, size: int) -> AsyncIterator[bytes]:

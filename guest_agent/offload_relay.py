@@ -15,18 +15,15 @@ process can read too (`sink.path` is "local"). A connection's bytes are at the h
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import os
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import IO, Any
 
-from guest_agent import local, local_relay, offload_asyncio
-from guest_agent.held_files import held
+from guest_agent import offload_asyncio
 from guest_agent.local_relay import Ending, LocalRelay, LocalSink
-from guest_agent.offload_wire import EXPLANATIONS, Message, Reply, encode_relay, new_token, next_number, unsuitable
+from guest_agent.offload_source import Readable, Source, Target, plan_of, prepared, unsuitable_target
+from guest_agent.offload_wire import EXPLANATIONS, Message, Reply, encode_relay, new_token, next_number
 from guest_agent.offload_wire import here as not_asked
 from guest_agent.ring import Ring
 
@@ -35,11 +32,8 @@ LAGS = ("head_drop", "drop_to_sync", "disconnect")
 STATUS_LIMIT = 5.0
 MOVE_PAUSE = 0.005
 """Seconds between two looks at whether everybody is home."""
-PACKET = 188
-"""Bytes of one of a transport stream."""
 _OF_THE_RELAY = ("unknown_relay", "relay_ended", "bad_request", "duplicate")
 """Why the host refuses a sink, when this process should too."""
-Target = socket.socket | asyncio.WriteTransport | asyncio.StreamWriter
 
 
 class Sink:
@@ -84,7 +78,7 @@ class Relay:
     When the VM leaves its host, sockets come home and wait; when it works with a host again, the relay is opened there, and its
     sinks go on where they stopped. Of that nobody sees more than a pause."""
 
-    def __init__(self, token: str, source: _Source) -> None:
+    def __init__(self, token: str, source: Source) -> None:
         self.token, self.message = token, ""
         self.reason: str | None = None
         self.path = "offloaded"
@@ -96,6 +90,8 @@ class Relay:
         self._settled = asyncio.Event()
         self._settled.set()
         self._task: asyncio.Task[None] | None = None
+        self._meanwhile: LocalRelay | None = None
+        self._rejoining: set[asyncio.Task[None]] = set()
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Done when the source gives no more: why."""
         self.over.add_done_callback(lambda _: source.close())
@@ -142,6 +138,9 @@ class Relay:
     async def _add(self, sink: Sink, begin: int | None) -> None:
         """By the host if it can, by this process if that can. Raises OSError."""
         while True:
+            if self._meanwhile is not None:
+                self._join_meanwhile(self._meanwhile, sink, begin)
+                return
             await self._settled.wait()
             if self._local is not None:
                 self._add_here(self._local, sink, begin)
@@ -165,7 +164,7 @@ class Relay:
             begin = readable.oldest()
         self._add_here(self._reader_beside(readable, begin), sink, begin)
 
-    def _reader_beside(self, readable: _Readable, begin: int | None) -> LocalRelay:
+    def _reader_beside(self, readable: Readable, begin: int | None) -> LocalRelay:
         """Of the same source, for clients that the host cannot take; it reads no longer than there are any."""
         for there in self._beside:
             if begin is None or there.keeps(begin):
@@ -178,9 +177,9 @@ class Relay:
     async def _hand_out(self, sink: Sink, begin: int | None) -> bool:
         """Whether the host has it; not if the VM is leaving. Raises OSError, _NotMovable."""
         target = sink._target
-        sock, resume = await _prepared(target)
+        sock, resume = await prepared(target)
         udp = sock.type == socket.SOCK_DGRAM
-        reason = None if udp else _unsuitable(target, sock)
+        reason = None if udp else unsuitable_target(target, sock)
         if reason is not None:
             if resume is not None:
                 resume()
@@ -264,6 +263,8 @@ class Relay:
         elif self._task is not None:
             self._task.cancel()
             self._end("closed")
+            if self._meanwhile is not None:
+                await self._meanwhile.close()
         else:
             self._tell("close_relay", relay=self.token)
         for there in list(self._beside):
@@ -305,6 +306,9 @@ class Relay:
                 await asyncio.sleep(MOVE_PAUSE)
             cursors = [cursor for cursor in self._waiting.values() if cursor is not None]
             self._source.go_on(left.cursor or 0, bytes.fromhex(left.rest), cursors)
+            await self._relay_meanwhile()
+            if self.over.done():
+                return
             await self._open()
         except OSError as error:
             self._task = None
@@ -314,6 +318,45 @@ class Relay:
         self._settled.set()
         waiting, self._waiting = self._waiting, {}
         await asyncio.gather(*(self._add_again(sink, cursor) for sink, cursor in waiting.items()))
+
+    async def _relay_meanwhile(self) -> None:
+        """A live stream needs no share: until the VM works with a host again, this process relays it."""
+        attendance = offload_asyncio.link().attendance
+        there = self._source.relay_meanwhile()
+        if there is None:
+            return
+        self._meanwhile, self.path = there, "local"
+        waiting, self._waiting = self._waiting, {}
+        for sink, cursor in waiting.items():
+            self._join_meanwhile(there, sink, cursor)
+        present = asyncio.ensure_future(attendance.present())
+        try:
+            await asyncio.wait((present, there.over), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            present.cancel()
+            self._meanwhile, self.path = None, "offloaded"
+        if there.over.done():
+            self._end(there.over.result())
+        await there.stop()
+        self._source.go_on(there.head, b"", [])
+
+    def _join_meanwhile(self, there: LocalRelay, sink: Sink, begin: int | None) -> None:
+        sink.path, sink._here = "local", there.add_sink(sink._target, join=sink._options["join"], begin=begin)
+        task = asyncio.get_running_loop().create_task(self._rejoin(sink, sink._here))
+        self._rejoining.add(task)
+        task.add_done_callback(self._rejoining.discard)
+
+    async def _rejoin(self, sink: Sink, here: LocalSink) -> None:
+        """When it has got everything that came meanwhile."""
+        ending = await here.over
+        if not ending.alive or here.removed or self.over.done():
+            sink._leave(ending)
+            return
+        sink._sent, sink._here = sink._sent + ending.sent, None
+        self._waiting[sink] = ending.cursor
+        if self._settled.is_set():
+            del self._waiting[sink]
+            await self._add_again(sink, ending.cursor)
 
     async def _add_again(self, sink: Sink, cursor: int | None) -> None:
         if cursor is None:
@@ -346,7 +389,7 @@ class Relay:
 
     async def _ask(self, link: offload_asyncio.Link) -> Reply | None:
         """None: the host has it."""
-        plan = await _plan(self._source, link, await link.ready())
+        plan = await plan_of(self._source, link, await link.ready())
         if plan.reason is not None:
             if plan.resume is not None:
                 plan.resume()
@@ -408,7 +451,7 @@ async def publish(
         "first": 0,
         "rest": "",
     }
-    relay = Relay(new_token(), _Source(source, options))
+    relay = Relay(new_token(), Source(source, options))
     try:
         await relay._open()
     except BaseException:
@@ -422,137 +465,8 @@ def _moves(reply: Reply) -> bool:
     return reply.outcome == "local" and reply.reason == "draining" and offload_asyncio.link().attendance.away
 
 
-class _Source:
-    """What a relay reads, as long as it does: a file of ours stays open, and is let go of while the share is away."""
-
-    def __init__(self, given: Target | IO[bytes] | Ring | int, options: dict[str, Any]) -> None:
-        self.given, self.options = given, options
-        self.file: IO[bytes] | None = None
-        self._held = contextlib.ExitStack()
-        if not isinstance(given, int | Ring | socket.socket | asyncio.WriteTransport | asyncio.StreamWriter | asyncio.StreamReader):
-            self.file = os.fdopen(os.dup(given.fileno()), "rb", buffering=0)
-            self._held.callback(self.file.close)
-            self._hold = self._held.enter_context(held(self.file.fileno()))
-
-    def close(self) -> None:
-        """Idempotent."""
-        self._held.close()
-
-    def check(self) -> None:
-        """Raises OSError if a file could not be opened again."""
-        if self.file is not None:
-            self._hold.check()
-
-    @property
-    def of_bytes(self) -> bool:
-        """Whether positions in it are those of bytes, which hold for any relay of it."""
-        return self.file is not None or isinstance(self.given, Ring)
-
-    @property
-    def readable(self) -> _Readable | None:
-        """This process can read it while the host does."""
-        if isinstance(self.given, Ring):
-            return _Readable(self.given, self.options)
-        return _Readable(self.file, self.options) if self.file is not None else None
-
-    def go_on(self, position: int, rest: bytes, cursors: list[int]) -> None:
-        """The next relay of it begins where the sinks need it; of what is not kept anywhere it counts on."""
-        if self.of_bytes:
-            self.options["offset"] = min([position, *cursors])
-        else:
-            self.options["first"], self.options["rest"] = position, rest.hex()
-
-    def relay_here(self) -> LocalRelay:
-        """By this process."""
-        options = self.options
-        first = options["offset"] if self.of_bytes else options["first"]
-        rest = bytes.fromhex(options["rest"])
-        return local_relay.begin(self.file or self.given, offset=first, rest=rest, **_ring_of(options))
-
-
-def _ring_of(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("ring_entries", "entry_bytes")}
-
-
 class _NotMovable(OSError):
     """The host cannot take this client."""
-
-
-@dataclass(frozen=True)
-class _Readable:
-    """A source that this process can read while the host does."""
-
-    source: IO[bytes] | Ring
-    options: dict[str, Any]
-
-    def newest(self) -> int:
-        """The position where a client begins that wants what comes: at the end, and at a packet's beginning. Raises OSError."""
-        source, first = self.source, int(self.options["offset"])
-        at = Ring(source.path).position if isinstance(source, Ring) else os.fstat(source.fileno()).st_size
-        return at - ((at - first) % PACKET if self.options["framing"] == "mpegts" else 0)
-
-    def oldest(self) -> int:
-        """The same for one that wants all that is kept."""
-        kept = self.options["ring_entries"] * (self.options["entry_bytes"] // PACKET * PACKET)
-        return max(int(self.options["offset"]), self.newest() - int(kept))
-
-    def relay(self, position: int) -> LocalRelay:
-        """From a position on."""
-        return local_relay.begin(self.source, offset=position, **_ring_of(self.options))
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How the host is asked. `resume` undoes what was done to the source for that, when it is back; `opened` is closed as soon as
-    the host has it."""
-
-    reason: str | None
-    fields: dict[str, object]
-    fds: tuple[int, ...] = ()
-    sock: Any = None
-    resume: Callable[[], None] | None = None
-    opened: IO[bytes] | None = None
-
-
-async def _plan(wanted: _Source, link: offload_asyncio.Link, absent: str | None) -> _Plan:
-    source: Any = wanted.given
-    if isinstance(source, int):
-        return _Plan(absent, {"source": "udp", "port": source})
-    if isinstance(source, Ring):
-        reason = absent or link.elsewhere(source.path)
-        file = None if reason else open(source.path, "rb", buffering=0)  # noqa: SIM115
-        return _Plan(reason, {"source": "ring"}, (file.fileno(),) if file else (), opened=file)
-    if wanted.file is not None:
-        reason = absent or link.elsewhere(os.readlink(f"/proc/self/fd/{wanted.file.fileno()}"))
-        return _Plan(reason, {"source": "file"}, (wanted.file.fileno(),))
-    if absent is not None:
-        _must_not_block(source)
-        return _Plan(absent, {})
-    sock, resume = await _prepared(source)
-    return _Plan(_unsuitable(source, sock), {"source": "connection"}, (sock.fileno(),), sock, resume)
-
-
-def _unsuitable(target: Target, sock: Any) -> str | None:
-    if not isinstance(target, socket.socket) and target.get_extra_info("sslcontext") is not None:
-        return "upper_layer_protocol"
-    return unsuitable(sock)
-
-
-async def _prepared(target: Target) -> tuple[Any, Callable[[], None] | None]:
-    """A target's socket, with nothing left in its transport; and what lets the transport read again."""
-    _must_not_block(target)
-    if isinstance(target, socket.socket):
-        return target, None
-    transport: Any = target.transport if isinstance(target, asyncio.StreamWriter) else target
-    if transport.is_closing():
-        raise ConnectionResetError(errno.ECONNRESET, "the transport is closing")
-    await local.drain(transport)
-    return transport.get_extra_info("socket"), local.pause_reading(transport)
-
-
-def _must_not_block(target: Any) -> None:
-    if isinstance(target, socket.socket) and target.gettimeout() != 0 and target.type == socket.SOCK_STREAM:
-        raise ValueError("the socket must be non-blocking")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -159,6 +159,8 @@ class Guests:
         guest = self._by_uuid.get(uuid)
         if guest is not None:
             guest.paused = paused
+            if not paused and guest.channel is not None:
+                guest.channel.greet()
 
     def close(self) -> None:
         """Stop everything; what is still out is ended."""

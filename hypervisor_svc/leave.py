@@ -10,6 +10,8 @@ long for many loses none."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -140,6 +142,29 @@ async def come_back(guests: Guests, guest: Guest, *, seconds: float = RETURN_LIM
     guests.take_again(guest)
     guest.send({"type": "return"})
     return {**await meet(guest, seconds=seconds), "ms": _milliseconds(begin, time.monotonic())}
+
+
+def while_runs(guests: Guests, guest: Guest, process: int) -> None:
+    """The VM comes back when the process that asked for its leaving has ended, unless it has moved by then. A migration that goes
+    on without it is in no danger: QEMU refuses the mount meanwhile, and the guest tries again."""
+    loop = asyncio.get_running_loop()
+    try:
+        watched = os.pidfd_open(process)
+    except ProcessLookupError:
+        watched = -1
+
+    def ended() -> None:
+        if watched >= 0:
+            loop.remove_reader(watched)
+            os.close(watched)
+        if not guest.gone and guest.presence is Presence.AWAY:
+            guests.take_again(guest)
+            guest.send({"type": "return"})
+
+    if watched >= 0:
+        loop.add_reader(watched, ended)
+    else:
+        ended()
 
 
 async def meet(guest: Guest, *, seconds: float) -> dict[str, Any]:

@@ -12,6 +12,7 @@ not given up yet: QEMU refuses the mount as long as it migrates, and the guest t
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -114,7 +115,13 @@ def _expect(name: str, control: str) -> Step:
 def _leave(name: str, plan: Plan) -> Step:
     try:
         return call(
-            plan.control, "leave", patience=LEAVE_PATIENCE, machine=name, deadline=plan.deadline, late=plan.late.value
+            plan.control,
+            "leave",
+            patience=LEAVE_PATIENCE,
+            machine=name,
+            deadline=plan.deadline,
+            late=plan.late.value,
+            process=os.getpid(),
         )
     except ControlError as error:
         raise MigrateError(str(error), error.hint) from None

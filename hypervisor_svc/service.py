@@ -266,7 +266,11 @@ class Service:
         deadline, late = float(request.get("deadline", leave.DEADLINE)), leave.Late(request.get("late", leave.Late.FINISH))
         if deadline < 0:
             raise ValueError("deadline must not be negative")
-        return await leave.leave(self._guests, self._guest(request), deadline=deadline, late=late)
+        guest, process = self._guest(request), request.get("process")
+        left = await leave.leave(self._guests, guest, deadline=deadline, late=late)
+        if process is not None:
+            leave.while_runs(self._guests, guest, int(process))
+        return left
 
     async def _return(self, request: dict[str, Any]) -> dict[str, Any]:
         return await leave.come_back(self._guests, self._guest(request))

@@ -130,10 +130,12 @@ class Server:
     async def _mount(self, path: str) -> Mount | None:
         """What there is at `path`; a file becomes a stream by being asked for."""
         async with self.opening:
-            await offload.present()
-            mount, file = self.mounts.get(path), None
-            if mount is not None or (file := self._growing(path)) is None:
-                return mount
+            if path in self.mounts:
+                return self.mounts[path]  # somebody else asked at the same time
+            await offload.present()  # and nothing is waited for until the file is open, and held
+            file = self._growing(path)
+            if file is None:
+                return None
             with contextlib.closing(file), offload.hold(file.fileno()):
                 relay = await self._publish(file, TRANSPORT_STREAM)
             mount = self.mounts[path] = Mount(path, TRANSPORT_STREAM, "", relay, from_file=True)
@@ -159,7 +161,7 @@ class Server:
         if path == "/":
             await _say(sock, await self._report())
             return
-        mount = await self._mount(path)
+        mount = self.mounts.get(path) or await self._mount(path)
         if mount is None:
             raise HttpError(404, f"there is no {path}; there are: {', '.join(sorted(self.mounts)) or 'none'}")
         mount.listeners += 1

@@ -187,6 +187,18 @@ def _refusal(deployment: Deployment) -> str:
     return str(raised.value)
 
 
+def test_whoever_asked_for_it_dies(deployment: Deployment) -> None:
+    """`streamlift migrate` is killed: the guest comes back by itself."""
+    with subprocess.Popen(["sleep", "60"]) as asking:
+        deployment.call("leave", machine="guest", process=asking.pid)
+        assert not mounted_now(deployment)
+        asking.kill()
+    wait_for(lambda: deployment.machine()["presence"] == "here", "it is here again")
+    assert mounted_now(deployment)
+    deployment.call("leave", machine="guest", process=asking.pid)  # it has ended already
+    wait_for(lambda: deployment.machine()["presence"] == "here", "it is here again")
+
+
 def test_without_a_mounted_share_nobody_is_asked(tmp_path: Path, share: Path) -> None:
     """Connections come home, and that is all."""
     with routed() as network, deployed(network, tmp_path, share) as deployment, downloads(deployment, 3) as curls:

@@ -88,6 +88,8 @@ def encoder(hosts: TwoHosts, path: str, content_type: str) -> socket.socket:
 
 
 def listeners(hosts: TwoHosts, path: str, count: int) -> list[Reader]:
+    """So many that were answered; what comes after the head they keep."""
+    wait_for(lambda: path in hosts.client.run("curl", "-sf", "-m", "5", f"http://{GUEST}:{LIVE_PORT}/"), "the mount")
     with hosts.client.entered():
         socks = [socket.create_connection((GUEST, LIVE_PORT), timeout=20) for _ in range(count)]
     for sock in socks:
@@ -118,6 +120,30 @@ def test_a_live_stream_goes_on_at_the_other_host(hosts: TwoHosts, content_type: 
             reader.join(20)
     for reader in readers:
         assert bytes(reader.data) == body
+
+
+def test_a_live_stream_while_the_vm_is_away(hosts: TwoHosts) -> None:
+    """It needs no share: the guest relays it until it works with a host again, to new listeners too."""
+    first, second, third = (os.urandom(100_000) for _ in range(3))
+    with encoder(hosts, "/radio", "audio/mpeg") as source:
+        out(hosts, 1)
+        readers = listeners(hosts, "/radio", 3)
+        out(hosts, 4)
+        _send(source, first)
+        hosts.host.call("leave")
+        _send(source, second)
+        wait_for(lambda: all(bytes(reader.data) == first + second for reader in readers), "they have what came meanwhile")
+        newcomer = listeners(hosts, "/radio", 1)
+        _send(source, third)
+        wait_for(lambda: all(bytes(reader.data) == third for reader in newcomer), "so has one that came meanwhile")
+        hosts.move()
+        out(hosts, 5)
+        _send(source, first)
+        source.shutdown(socket.SHUT_WR)
+        for reader in readers + newcomer:
+            reader.join(20)
+    assert all(bytes(reader.data) == first + second + third + first for reader in readers)
+    assert bytes(newcomer[0].data) == third + first
 
 
 def _send(sock: socket.socket, data: bytes) -> None:
