@@ -82,11 +82,12 @@ class Departure:
         self._go_to(Presence.LEAVING)
         seconds = header.get("seconds")
         limit = float(seconds) if isinstance(seconds, int | float) and 0 < seconds <= 600 else LET_GO_LIMIT
-        self._task = self._loop.create_task(self._leave(limit))
-
-    async def _leave(self, limit: float) -> None:
         mounts = mounts_at(self._shares())
+        # At once: the next message may end a relay, and its application must know that it only moves.
         self._applications.leaving(let_go=bool(mounts))
+        self._task = self._loop.create_task(self._leave(limit, mounts))
+
+    async def _leave(self, limit: float, mounts: tuple[Mount, ...]) -> None:
         await self._all_home()
         try:
             async with asyncio.timeout(limit):

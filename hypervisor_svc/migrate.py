@@ -159,8 +159,8 @@ def _precopy(domain: libvirt.virDomain, plan: Plan, on_step: OnStep) -> None:
 
 
 class _Job(threading.Thread):
-    """libvirt's call, which lasts as long as the migration. `over` is to be waited for: a `join` that Ctrl-C interrupts takes a thread
-    that runs for one that has ended (Python 3.11)."""
+    """libvirt's call, which lasts as long as the migration. `over` is to be waited for: a `join` that Ctrl-C interrupts takes a
+    thread that runs for one that has ended (Python 3.11)."""
 
     def __init__(self, domain: libvirt.virDomain, plan: Plan) -> None:
         super().__init__(name="migrate", daemon=True)
