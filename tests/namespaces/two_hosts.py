@@ -154,6 +154,7 @@ def two_hosts(folder: Path, share: Path) -> Iterator[TwoHosts]:
         agent = Process(guest, [*argv, "--allow", "*", "--backend", backends()[0]], folder / "agent.log")
         media = [*python, "guest_agent.examples.media_server", "--root", str(folder / "mnt"), "--port", "80"]
         live = [*python, "guest_agent.examples.live_server", "--port", str(LIVE_PORT), "--password", LIVE_PASSWORD]
+        live += ["--folder", str(folder / "mnt" / "live")]
         servers = [
             Process(guest, words, folder / f"server{number}.log", {"STREAMLIFT_AGENT": door})
             for number, words in enumerate((media, live))
