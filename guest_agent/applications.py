@@ -128,7 +128,7 @@ class Applications:
         token, number, source = _token(request["token"]), request["id"], request["source"]
         options = {name: request[name] for name in RING_FIELDS}
         transfer = None
-        if source == "file":
+        if source in ("file", "ring"):
             file = locate(fds[0], self._shares())
             plan = {"source": source, "path": file.path, "inode": file.inode, "offset": _number(request["offset"], 0)}
         elif source == "udp":
@@ -138,7 +138,7 @@ class Applications:
             sink = {"join": "latest", "on_lag": "head_drop", "lag_soft": 0, "lag_hard_ms": 0, "begin": None}
             transfer = self._joining(client, request, fds, token, "source", {"priority": request["priority"], **sink})
         else:
-            raise ValueError(f"source {source!r} is none of file, udp, connection")
+            raise ValueError(f"source {source!r} is none of file, ring, udp, connection")
         answer, finish = client.answers(number)
         try:
             self._relays.publish(token, plan, options, owner=client, answer=answer, finish=finish)

@@ -29,7 +29,7 @@ Send = Callable[[Header, bytes], None]
 @dataclass
 class Outcome:
     """What the application is told: `outcome` is "offloaded", "local" or "failed"; `sent` in bytes; `cursor`: of a relay's sink,
-    the entry that it would have got next."""
+    the position where it would have gone on."""
 
     outcome: str
     sent: int = 0

@@ -2,7 +2,8 @@
 """A relay in this process: what `offload.publish` does when the host cannot.
 
 One task reads the source into a ring of entries, one task per sink sends from it; a sink that is slower than the ring loses
-whole entries, and nobody else notices. Simple, and as good as a server's own loop: a few hundred clients."""
+whole entries, and nobody else notices. Simple, and as good as a server's own loop: a few hundred clients. Where a sink stands is
+told as at the host (`handoff/positions.py`), so it can go on there."""
 
 from __future__ import annotations
 
@@ -11,21 +12,31 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
 from guest_agent import local
+from guest_agent.handoff.positions import Positions
+from guest_agent.handoff.ring_file import Piece, RingReader
+from guest_agent.ring import Ring
 
 POLL_INTERVAL = 0.02
-"""Seconds between two looks at a file that grows."""
+"""Seconds between two looks at a file."""
+LOOK_BYTES = 1 << 16
+"""Of a ring, read in one look."""
+AWAY_LIMIT = 60.0
+"""Seconds for which a ring's file may be missing: its share is unmounted while the VM moves."""
+Entries = AsyncIterator[tuple[int, bytes]]
+"""What comes, each with its position."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a sink left: bytes that it got, why (None: it was removed or the source ended), and the entry that it would have got
-    next. `alive`: its socket is usable."""
+    """How a sink left: bytes that it got, why (None: it was removed or the source ended), and the position where it would have
+    gone on. `alive`: its socket is usable."""
 
     sent: int
     reason: str | None
@@ -35,45 +46,51 @@ class Ending:
 
 
 class LocalSink:
-    """One client. `over` is done when it has left."""
+    """One client of `relay`: `cursor` is the entry that it gets next, `offset` the byte of it where it begins, `early` the position
+    that the source must reach first. `over` is done when it has left."""
 
-    def __init__(self, target: Any, cursor: int) -> None:
-        self.target, self.cursor = target, cursor
+    def __init__(self, relay: LocalRelay, target: Any, cursor: int) -> None:
+        self.relay, self.target, self.cursor = relay, target, cursor
+        self.offset = 0
+        self.early: int | None = None
         self.sent = self.lost = 0
         self.removed = False
         self.over: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self.task: asyncio.Task[None] | None = None
 
-    def leave(self, reason: str | None, message: str = "", *, alive: bool = True) -> None:
+    def leave(self, position: int, reason: str | None, message: str = "", *, alive: bool = True) -> None:
         """At an entry's end, unless it is dead."""
         if not self.over.done():
-            self.over.set_result(Ending(self.sent, reason, message, self.cursor, alive))
+            self.over.set_result(Ending(self.sent, reason, message, position, alive))
 
 
 class LocalRelay:
-    """See `begin`. `over` is done when the source gives no more: why."""
+    """See `begin`. `over` is done when the source gives no more: why. With `on_idle` it ends when its last sink has left, and says
+    so."""
 
-    def __init__(self, source: AsyncIterator[bytes], *, ring_entries: int) -> None:
-        self._source, self._capacity = source, ring_entries
-        self._ring: deque[bytes] = deque()
-        self._head = 0
+    def __init__(self, source: Entries, *, ring_entries: int, positions: Positions, by_bytes: bool) -> None:
+        self._source, self._positions, self._by_bytes = source, positions, by_bytes
+        self._ring: deque[bytes] = deque(maxlen=ring_entries)
         self._sinks: set[LocalSink] = set()
         self._more = asyncio.Condition()
+        self.on_idle: Callable[[], None] | None = None
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._reader = asyncio.get_running_loop().create_task(self._read())
 
     @property
+    def _head(self) -> int:
+        return self._positions.head
+
+    @property
     def _tail(self) -> int:
-        return self._head - len(self._ring)
+        return self._positions.tail
 
     async def _read(self) -> None:
-        why = "the source closed its connection"
+        why = "the source's ring was ended" if self._by_bytes else "the source closed its connection"
         try:
-            async for data in self._source:
+            async for position, data in self._source:
                 self._ring.append(data)
-                self._head += 1
-                if len(self._ring) > self._capacity:
-                    self._ring.popleft()
+                self._positions.append(position, len(data) if self._by_bytes else 1)
                 await self._wake()
         except OSError as error:
             why = str(error)
@@ -90,47 +107,80 @@ class LocalRelay:
             self._more.notify_all()
 
     def add_sink(self, target: Any, *, join: str, begin: int | None) -> LocalSink:
-        """Join rules as at the host, but that the next sync point is the next entry."""
-        cursor = min(begin, self._head) if begin is not None else self._tail if join == "oldest" else self._head
-        sink = LocalSink(target, cursor)
+        """Join rules as at the host, but that the next sync point is the next entry. Raises OSError."""
+        if isinstance(target, ssl.SSLSocket):
+            raise OSError(errno.EOPNOTSUPP, "asyncio cannot send on an SSLSocket: give its transport, or the StreamWriter")
+        sink = LocalSink(self, target, self._tail if join == "oldest" else self._head)
+        sink.early = begin if begin is None or self._by_bytes else min(begin, self._head)
         self._sinks.add(sink)
         sink.task = asyncio.get_running_loop().create_task(self._send(sink))
-        sink.over.add_done_callback(lambda _: self._sinks.discard(sink))
+        sink.over.add_done_callback(lambda _: self._left(sink))
         return sink
+
+    def _left(self, sink: LocalSink) -> None:
+        self._sinks.discard(sink)
+        if self.on_idle is not None and not self._sinks:
+            self.end()
+            self.on_idle()
+
+    def keeps(self, position: int) -> bool:
+        """Whether what begins there is still here."""
+        return self._positions.of(self._tail) <= position
 
     async def _send(self, sink: LocalSink) -> None:
         resume = local.pause_reading(_transport(sink.target))
         try:
             while not sink.removed:
-                if sink.cursor >= self._head:
+                if not self._has_something_for(sink):
                     if self.over.done():
                         break
                     async with self._more:
-                        await self._more.wait_for(lambda: sink.removed or sink.cursor < self._head or self.over.done())
+                        await self._more.wait_for(
+                            lambda: sink.removed or self._has_something_for(sink) or self.over.done()
+                        )
                     continue
-                sink.lost += max(self._tail - sink.cursor, 0)
-                sink.cursor = max(self._tail, sink.cursor)
-                data = self._ring[sink.cursor - self._tail]
+                data = self._next(sink)
                 await _send_all(sink.target, data)
                 sink.sent += len(data)
                 sink.cursor += 1
-            sink.leave(None)
+            sink.leave(self._position(sink), None)
         except OSError as error:
-            sink.leave("peer_gone", str(error), alive=False)
+            sink.leave(self._position(sink), "peer_gone", str(error), alive=False)
         finally:
             if resume is not None:
                 resume()
+
+    def _has_something_for(self, sink: LocalSink) -> bool:
+        found = self._positions.find(sink.early) if sink.early is not None else None
+        if found is not None:
+            (sink.cursor, sink.offset), sink.early = found, None
+        return sink.early is None and sink.cursor < self._head
+
+    def _next(self, sink: LocalSink) -> bytes:
+        """What it gets now; what is before the ring is lost."""
+        lost = max(self._tail - sink.cursor, 0)
+        offset = 0 if lost else sink.offset
+        sink.lost, sink.cursor, sink.offset = sink.lost + lost, sink.cursor + lost, 0
+        return self._ring[sink.cursor - self._tail][offset:]
+
+    def _position(self, sink: LocalSink) -> int:
+        return self._positions.of(sink.cursor) if sink.early is None else sink.early
 
     async def remove(self, sink: LocalSink) -> None:
         """At the end of the entry that it is in the middle of."""
         sink.removed = True
         await self._wake()
 
-    async def close(self) -> None:
-        """Everybody leaves."""
+    def end(self) -> None:
+        """Read no more; the sinks get what is here, and leave."""
         self._reader.cancel()
         if not self.over.done():  # a task that has not begun has no end either
             self.over.set_result("closed")
+        self._waking = asyncio.get_running_loop().create_task(self._wake())
+
+    async def close(self) -> None:
+        """Everybody leaves."""
+        self.end()
         for sink in list(self._sinks):
             sink.removed = True
         await self._wake()
@@ -142,41 +192,76 @@ class LocalRelay:
 
 
 def begin(source: Any, *, ring_entries: int, entry_bytes: int, offset: int) -> LocalRelay:
-    """`source`: a non-blocking socket, a StreamReader, or a file that grows. Raises ValueError."""
+    """`source`: a non-blocking socket, a StreamReader, a file that grows, or a `Ring`. Raises ValueError."""
     if isinstance(source, asyncio.StreamReader):
-        return LocalRelay(_stream_entries(source, entry_bytes), ring_entries=ring_entries)
-    if isinstance(source, socket.socket):
-        return LocalRelay(_socket_entries(source, entry_bytes), ring_entries=ring_entries)
-    if isinstance(source, asyncio.BaseTransport | asyncio.StreamWriter):
+        counted = _counted(_stream_parts(source, entry_bytes))
+    elif isinstance(source, socket.socket):
+        counted = _counted(_socket_parts(source, entry_bytes))
+    elif isinstance(source, asyncio.BaseTransport | asyncio.StreamWriter):
         raise ValueError("a transport cannot be read: publish the StreamReader's socket")
-    return LocalRelay(_file_entries(source, offset, entry_bytes), ring_entries=ring_entries)
+    else:
+        of_ring = isinstance(source, Ring)
+        entries = _ring_entries(source.path, offset, entry_bytes) if of_ring else _file_entries(source, offset, entry_bytes)
+        positions = Positions(ring_entries, offset, usual=entry_bytes)
+        return LocalRelay(entries, ring_entries=ring_entries, positions=positions, by_bytes=True)
+    return LocalRelay(counted, ring_entries=ring_entries, positions=Positions(ring_entries, 0, usual=1), by_bytes=False)
 
 
-async def _socket_entries(sock: socket.socket, size: int) -> AsyncIterator[bytes]:
+async def _counted(parts: AsyncIterator[bytes]) -> Entries:
+    """Of a source without positions of its own the entries are counted."""
+    number = 0
+    async for part in parts:
+        yield number, part
+        number += 1
+
+
+async def _socket_parts(sock: socket.socket, size: int) -> AsyncIterator[bytes]:
     loop = asyncio.get_running_loop()
     while data := await loop.sock_recv(sock, 65536 if sock.type == socket.SOCK_DGRAM else size):
         yield data
 
 
-async def _stream_entries(reader: asyncio.StreamReader, size: int) -> AsyncIterator[bytes]:
+async def _stream_parts(reader: asyncio.StreamReader, size: int) -> AsyncIterator[bytes]:
     while data := await reader.read(size):
         yield data
 
 
-async def _file_entries(file: IO[bytes], offset: int, size: int) -> AsyncIterator[bytes]:
+async def _file_entries(file: IO[bytes], offset: int, size: int) -> Entries:
     fd = os.dup(file.fileno())
     try:
         while True:
             data = os.pread(fd, size, offset)
-            offset += len(data)
             if data:
-                yield data
+                yield offset, data
+                offset += len(data)
             elif os.fstat(fd).st_size < offset:
                 raise OSError(errno.ESTALE, "the file was cut short")
             else:
                 await asyncio.sleep(POLL_INTERVAL)
     finally:
         os.close(fd)
+
+
+async def _ring_entries(path: str, offset: int, size: int) -> Entries:
+    """The file is open during each look alone, for its share must be free to go; while it is gone, this waits."""
+    ring, loop = RingReader(), asyncio.get_running_loop()
+    seen = loop.time()
+    while True:
+        try:
+            with open(path, "rb", buffering=0) as file:
+                piece = ring.read(file.fileno(), offset, LOOK_BYTES)
+            seen = loop.time()
+        except FileNotFoundError:
+            if loop.time() - seen > AWAY_LIMIT:
+                raise
+            piece = Piece(offset, b"", False)
+        for at in range(0, len(piece.data), size):
+            yield piece.position + at, piece.data[at : at + size]
+        offset = piece.position + len(piece.data)
+        if piece.ended:
+            return
+        if not piece.data:
+            await asyncio.sleep(POLL_INTERVAL)
 
 
 async def _send_all(target: Any, data: bytes) -> None:

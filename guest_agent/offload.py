@@ -5,6 +5,7 @@
     transfer = offload.sendfile(sock, file)                     # blocking sockets, any thread
     transfer = await offload.sendfile_async(writer, file)       # asyncio: non-blocking socket, transport, StreamWriter
     relay = await offload.publish(source)                       # one source, many clients: offload_relay.py
+    ring = offload.Ring(path, size=16 << 20)                    # a source in the share that is written over: ring.py
 
 Afterwards the same socket works on. While a call is under way nobody else may read, write or configure that socket: it
 may be at the host. Never worse than without us: whatever stands in the way (no agent, a small file, a file elsewhere...)
@@ -30,8 +31,9 @@ from guest_agent import local, offload_asyncio
 from guest_agent.offload_blocking import BlockingAgent
 from guest_agent.offload_relay import publish
 from guest_agent.offload_wire import Reply, agent_path, here, unsuitable
+from guest_agent.ring import Ring
 
-__all__ = ["PRIORITIES", "Transfer", "close", "publish", "sendfile", "sendfile_async", "status"]
+__all__ = ["PRIORITIES", "Ring", "Transfer", "close", "publish", "sendfile", "sendfile_async", "status"]
 
 PRIORITIES = ("low", "normal", "high")
 

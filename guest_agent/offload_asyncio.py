@@ -149,9 +149,14 @@ class Link:
             await self._open()
         return None if self._hello is not None else self._absent
 
-    def prefixes(self) -> tuple[str, ...]:
-        """Where the shares are."""
-        return self._hello.prefixes if self._hello is not None else ()
+    def elsewhere(self, path: str) -> str | None:
+        """Why the host cannot read the file at this path; None: it is on a share."""
+        hello = self._hello
+        if hello is not None and path.startswith(hello.prefixes):
+            return None
+        if hello is not None and hello.stale():
+            self._refresh()
+        return "not_on_share"
 
     # Opening and losing the connection.
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """One source, many clients: `offload.publish`.
 
-    relay = await offload.publish(source)            # a connection that sends, or a file on the share that grows
+    relay = await offload.publish(source)            # a connection that sends, a file on the share that grows, or a ring there
     sink = await relay.add_sink(writer)              # after the client's request was answered with a header
     ending = await sink.wait()                       # it left: gone, removed, or the relay is over; the socket is back
     await relay.remove_sink(sink)                    # call it home
     await relay.close()                              # all come home
 
 While a socket is in a relay nobody else may use it. When it is back it works on, at the end of an entry of the stream. If the
-host cannot run the relay, this process does (`relay.path` is "local", `relay.reason` says why): the same calls, the same rules."""
+host cannot run the relay, this process does (`relay.path` is "local", `relay.reason` says why): the same calls, the same rules.
+A client that the host cannot take (TLS, Multipath TCP) is served from here where the source is a file or a ring, which this
+process can read too (`sink.path` is "local"). A connection's bytes are at the host alone: there such a client is refused."""
 
 from __future__ import annotations
 
@@ -23,10 +25,15 @@ from typing import IO, Any
 from guest_agent import local, local_relay, offload_asyncio
 from guest_agent.local_relay import Ending, LocalRelay, LocalSink
 from guest_agent.offload_wire import EXPLANATIONS, Message, Reply, encode_relay, new_token, next_number, unsuitable
+from guest_agent.ring import Ring
 
 JOINS = ("latest", "oldest", "next_sync")
 LAGS = ("head_drop", "drop_to_sync", "disconnect")
 STATUS_LIMIT = 5.0
+PACKET = 188
+"""Bytes of one of a transport stream."""
+_OF_THE_RELAY = ("unknown_relay", "relay_ended", "bad_request", "duplicate")
+"""Why the host refuses a sink, when this process should too."""
 Target = socket.socket | asyncio.WriteTransport | asyncio.StreamWriter
 
 
@@ -50,10 +57,19 @@ class Sink:
 class Relay:
     """What `publish` opened. `path`: who relays, "offloaded" or "local"; `reason` and `message`: why not the host."""
 
-    def __init__(self, token: str, there: LocalRelay | None = None, *, reason: str | None = None, message: str = "") -> None:
+    def __init__(
+        self,
+        token: str,
+        there: LocalRelay | None = None,
+        *,
+        reason: str | None = None,
+        message: str = "",
+        readable: _Readable | None = None,
+    ) -> None:
         self.token, self.reason, self.message = token, reason, message
         self.path = "local" if there is not None else "offloaded"
-        self._local = there
+        self._local, self._readable = there, readable
+        self._beside: set[LocalRelay] = set()
         self._sinks: dict[str, Sink] = {}
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Done when the source gives no more: why."""
@@ -71,10 +87,11 @@ class Relay:
     ) -> Sink:
         """Give the relay one more client: a non-blocking TCP socket, a transport or StreamWriter, or a connected UDP socket.
 
-        `join`: latest, oldest (all that the ring has) or next_sync; `begin`: the entry where it once left, instead. `on_lag`:
+        `join`: latest, oldest (all that the ring has) or next_sync; `begin`: where it once left (`Ending.cursor`), instead. Of a
+        file or a ring that is a position in its bytes, which holds for any relay of it; others count entries. `on_lag`:
         what happens to it when it is `lag_soft` entries behind (0: as many as the ring has): head_drop, drop_to_sync, disconnect.
         After `lag_hard_ms` in which it took nothing although there was something it is disconnected (0: never). Raises OSError
-        for a socket that cannot be one (its errno and words say why), ValueError for a bad argument."""
+        for a socket that cannot be one, or not here (its errno and words say why), ValueError for a bad argument."""
         _one_of("join", join, JOINS)
         _one_of("on_lag", on_lag, LAGS)
         _one_of("priority", priority, ("low", "normal", "high"))
@@ -87,18 +104,38 @@ class Relay:
             "begin": begin,
         }
         if self._local is not None:
-            here = self._local.add_sink(target, join=join, begin=begin)
-            return self._remember(Sink(new_token(), here.over, here))
-        return self._remember(await self._hand_out(target, options))
+            return self._add_here(self._local, target, join, begin)
+        try:
+            return self._remember(await self._hand_out(target, options))
+        except _NotMovable as error:
+            if self._readable is None or self.over.done():
+                raise OSError(error.errno, f"{error.strerror}, and the relay is at the host") from None
+        if begin is None and join == "oldest":
+            begin = self._readable.oldest()
+        return self._add_here(self._reader_beside(self._readable, begin), target, join, begin)
+
+    def _add_here(self, there: LocalRelay, target: Target, join: str, begin: int | None) -> Sink:
+        here = there.add_sink(target, join=join, begin=begin)
+        return self._remember(Sink(new_token(), here.over, here))
+
+    def _reader_beside(self, readable: _Readable, begin: int | None) -> LocalRelay:
+        """Of the same source, for clients that the host cannot take; it reads no longer than there are any."""
+        for there in self._beside:
+            if begin is None or there.keeps(begin):
+                return there
+        there = readable.relay(readable.newest() if begin is None else begin)
+        there.on_idle = lambda: self._beside.discard(there)
+        self._beside.add(there)
+        return there
 
     async def _hand_out(self, target: Target, options: dict[str, object]) -> Sink:
         sock, resume = await _prepared(target)
         udp = sock.type == socket.SOCK_DGRAM
-        reason = None if udp else unsuitable(sock)
+        reason = None if udp else _unsuitable(target, sock)
         if reason is not None:
             if resume is not None:
                 resume()
-            raise OSError(errno.EOPNOTSUPP, f"{EXPLANATIONS.get(reason, reason)}, and the relay is at the host")
+            raise _NotMovable(errno.EOPNOTSUPP, EXPLANATIONS.get(reason, reason))
         token, number = new_token(), next_number()
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         message = encode_relay("add_udp" if udp else "add_sink", number, token=token, relay=self.token, **options)
@@ -113,7 +150,9 @@ class Relay:
         )
         await asyncio.wait((reply, taken), return_when=asyncio.FIRST_COMPLETED)
         if not taken.done() and reply.result().outcome == "local":
-            raise OSError(reply.result().errno or errno.EOPNOTSUPP, reply.result().message or str(reply.result().reason))
+            refusal = reply.result()
+            kind = OSError if refusal.reason in _OF_THE_RELAY else _NotMovable
+            raise kind(refusal.errno or errno.EOPNOTSUPP, refusal.message or str(refusal.reason))
         return Sink(token, _ended(reply))
 
     def _remember(self, sink: Sink) -> Sink:
@@ -124,8 +163,8 @@ class Relay:
     async def remove_sink(self, sink: Sink) -> Ending:
         """Call a client home; harmless if it has left."""
         if not sink.over:
-            if self._local is not None and sink._here is not None:
-                await self._local.remove(sink._here)
+            if sink._here is not None:
+                await sink._here.relay.remove(sink._here)
             else:
                 self._tell("remove_sink", token=sink.token, relay=self.token)
         return await sink.wait()
@@ -151,7 +190,7 @@ class Relay:
         if reply.done():
             reply.result()  # raises what happened to the agent
         found: dict[str, Any] | None = told.result()["relay_status"] if told.done() else None
-        return found
+        return {**found, "sinks_here": sum(sink.path == "local" for sink in self._sinks.values())} if found else None
 
     async def close(self) -> None:
         """All clients come home, the source too; returns when they have."""
@@ -159,15 +198,24 @@ class Relay:
             await self._local.close()
         else:
             self._tell("close_relay", relay=self.token)
+        for there in list(self._beside):
+            await there.close()
         waiting: list[asyncio.Future[Any]] = [sink._over for sink in self._sinks.values()]
         await asyncio.gather(*waiting, self.over, return_exceptions=True)
+
+    def _end(self, why: str) -> None:
+        """The source gives no more; what this process reads of it beside the host ends too."""
+        if not self.over.done():
+            self.over.set_result(why)
+        for there in self._beside:
+            there.end()
 
     def _tell(self, operation: str, **fields: object) -> None:
         offload_asyncio.link().tell(encode_relay(operation, next_number(), **fields))
 
 
 async def publish(
-    source: Target | IO[bytes] | int,
+    source: Target | IO[bytes] | Ring | int,
     *,
     framing: str = "raw",
     budget_ms: int = 0,
@@ -180,7 +228,8 @@ async def publish(
     """Open a relay: one source, many clients.
 
     `source`: a non-blocking TCP socket (or its transport or StreamWriter) whose peer sends the stream, a file on the share that
-    grows (from `offset` on), or the number of a UDP port of the host's. `framing`: raw, or mpegts, where entries are whole
+    grows (from `offset` on), a `Ring` there (from the position `offset` on, if it keeps that), or the number of a UDP port of the
+    host's. `framing`: raw, or mpegts, where entries are whole
     packets and sync points are known. `budget_ms` (0 to 1000): how long an entry may wait for others, so that each client gets
     several in one send. `ring_entries`: how far a client may fall behind; `entry_bytes`: the most that one entry takes of a byte
     stream. What the host cannot do this process does. Raises ValueError for a bad argument, OSError for a source that nobody can
@@ -214,58 +263,109 @@ async def publish(
         when_over=plan.resume,
         on_note=lambda note: None if taken.done() else taken.set_result(None),
     )
-    await asyncio.wait((reply, taken), return_when=asyncio.FIRST_COMPLETED)
+    try:
+        await asyncio.wait((reply, taken), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if plan.opened is not None:
+            if not taken.done():
+                reply.cancel()  # if it is still to be sent: the descriptor may be another file by then
+            plan.opened.close()
     if not taken.done():
         refusal = reply.result()
         if refusal.outcome == "local" and not isinstance(source, int):
             return await _here(source, refusal.reason or "unknown", refusal.message, options)
         if refusal.outcome != "offloaded":
             raise OSError(refusal.errno or errno.EOPNOTSUPP, refusal.message or str(refusal.reason))
-    relay = Relay(token)
-    reply.add_done_callback(lambda done: _source_over(relay, done))
+    relay = Relay(token, readable=_readable(source, options))
+    reply.add_done_callback(lambda done: relay._end(_why_over(done)))
     return relay
 
 
-def _source_over(relay: Relay, reply: asyncio.Future[Reply]) -> None:
-    if not relay.over.done():
-        error = reply.exception()
-        relay.over.set_result(str(error) if error else reply.result().message or reply.result().reason or "")
+def _why_over(reply: asyncio.Future[Reply]) -> str:
+    error = reply.exception()
+    return str(error) if error else reply.result().message or reply.result().reason or ""
 
 
 async def _here(source: Any, reason: str, message: str, options: dict[str, Any]) -> Relay:
     """This process does it."""
     if isinstance(source, int):
         raise OSError(errno.EOPNOTSUPP, f"a UDP port of the host: {message}")
-    ring = {name: options[name] for name in ("ring_entries", "entry_bytes", "offset")}
-    there = local_relay.begin(source, **ring)
+    there = local_relay.begin(source, offset=options["offset"], **_ring_of(options))
     relay = Relay(new_token(), there, reason=reason, message=message)
     there.over.add_done_callback(lambda done: None if relay.over.done() else relay.over.set_result(done.result()))
     return relay
 
 
+def _ring_of(options: dict[str, Any]) -> dict[str, int]:
+    return {name: options[name] for name in ("ring_entries", "entry_bytes")}
+
+
+class _NotMovable(OSError):
+    """The host cannot take this client."""
+
+
+@dataclass(frozen=True)
+class _Readable:
+    """A source that this process can read while the host does."""
+
+    source: IO[bytes] | Ring
+    options: dict[str, Any]
+
+    def newest(self) -> int:
+        """The position where a client begins that wants what comes: at the end, and at a packet's beginning. Raises OSError."""
+        source, first = self.source, int(self.options["offset"])
+        at = Ring(source.path).position if isinstance(source, Ring) else os.fstat(source.fileno()).st_size
+        return at - ((at - first) % PACKET if self.options["framing"] == "mpegts" else 0)
+
+    def oldest(self) -> int:
+        """The same for one that wants all that is kept."""
+        kept = self.options["ring_entries"] * (self.options["entry_bytes"] // PACKET * PACKET)
+        return max(int(self.options["offset"]), self.newest() - int(kept))
+
+    def relay(self, position: int) -> LocalRelay:
+        """From a position on."""
+        return local_relay.begin(self.source, offset=position, **_ring_of(self.options))
+
+
+def _readable(source: Any, options: dict[str, Any]) -> _Readable | None:
+    elsewhere = isinstance(source, int | socket.socket | asyncio.WriteTransport | asyncio.StreamWriter)
+    return None if elsewhere else _Readable(source, options)
+
+
 @dataclass(frozen=True)
 class _Plan:
-    """How the host is asked. `resume` undoes what was done to the source for that."""
+    """How the host is asked. `resume` undoes what was done to the source for that, when it is back; `opened` is closed as soon as
+    the host has it."""
 
     reason: str | None
     fields: dict[str, object]
     fds: tuple[int, ...] = ()
     sock: Any = None
     resume: Callable[[], None] | None = None
+    opened: IO[bytes] | None = None
 
 
 async def _plan(source: Any, link: offload_asyncio.Link, absent: str | None) -> _Plan:
     if isinstance(source, int):
         return _Plan(absent, {"source": "udp", "port": source})
+    if isinstance(source, Ring):
+        reason = absent or link.elsewhere(source.path)
+        file = None if reason else open(source.path, "rb", buffering=0)  # noqa: SIM115
+        return _Plan(reason, {"source": "ring"}, (file.fileno(),) if file else (), opened=file)
     if not isinstance(source, socket.socket | asyncio.WriteTransport | asyncio.StreamWriter):
-        path = os.readlink(f"/proc/self/fd/{source.fileno()}")
-        shared = absent or (None if path.startswith(link.prefixes()) else "not_on_share")
-        return _Plan(shared, {"source": "file"}, (source.fileno(),))
+        reason = absent or link.elsewhere(os.readlink(f"/proc/self/fd/{source.fileno()}"))
+        return _Plan(reason, {"source": "file"}, (source.fileno(),))
     if absent is not None:
         _must_not_block(source)
         return _Plan(absent, {})
     sock, resume = await _prepared(source)
-    return _Plan(unsuitable(sock), {"source": "connection"}, (sock.fileno(),), sock, resume)
+    return _Plan(_unsuitable(source, sock), {"source": "connection"}, (sock.fileno(),), sock, resume)
+
+
+def _unsuitable(target: Target, sock: Any) -> str | None:
+    if not isinstance(target, socket.socket) and target.get_extra_info("sslcontext") is not None:
+        return "upper_layer_protocol"
+    return unsuitable(sock)
 
 
 async def _prepared(target: Target) -> tuple[Any, Callable[[], None] | None]:

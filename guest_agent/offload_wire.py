@@ -11,7 +11,7 @@
 Of relays (all fields: `guest_agent/relays.py`):
 
     application -> agent  {"v":1,"op":"publish","id":10,"token":"...","source":"connection","source_token":"...",...} with
-                          [socket]; "source":"file","offset":0 with [file]; "source":"udp","port":N
+                          [socket]; "source":"file" or "ring","offset":0 with [file]; "source":"udp","port":N
                           {"v":1,"op":"add_sink","id":11,"token":"...","relay":"...","priority":...} with [socket];
                           {"v":1,"op":"add_udp",...} with [connected UDP socket]
                           {"v":1,"op":"remove_sink","id":12,"token":"...","relay":"..."}, "close_relay", "relay_status"
@@ -71,8 +71,8 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """How a request ended; `sent` bytes were delivered by the host. `cursor`: of a relay's sink, the entry that it would have got
-    next."""
+    """How a request ended; `sent` bytes were delivered by the host. `cursor`: of a relay's sink, the position where it would have
+    gone on."""
 
     outcome: str
     sent: int

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, repr=False)
 class Guest:
-    """A VM with a channel: what it is, what it has out, what was counted. Bytes and numbers since the service's start."""
+    """A VM with a channel: what it is, what it has out, what was counted (`refused`, `lost`: by reason). Bytes and
+    numbers since the service's start."""
 
     machine: Machine
     channel: Channel | None = None
@@ -39,10 +40,13 @@ class Guest:
     relays: dict[str, Relay] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
     bytes_sent: int = 0
     bytes_per_second: float = 0.0
     _measured: tuple[float, int] = (0.0, 0)
     draining: bool = False
+    paused_until: float = 0.0
+    """time.monotonic(); until then nothing more goes out, for a measurement."""
 
     @property
     def backend(self) -> str:
@@ -70,7 +74,7 @@ class Guest:
 class Connection:
     """A client's connection while the host has it. `sent` counts bytes given to the socket; `ready`: the guest's place-holder
     stands where the connection will arrive (None: it has not said yet); `direct`: it goes home without a second question.
-    `relay`: what it is a sink or the source of, `sink` its number there, `cursor` the entry that it would get next."""
+    `relay`: what it is a sink or the source of, `sink` its number there, `cursor` the position where it would go on."""
 
     guest: Guest
     job: Job

@@ -7,7 +7,7 @@ whole datagrams of several), or the negative errno.
 
 `fanout.c` does it between two looks at the interpreter; where it was not built, Python does the same, one call a socket
 (`NATIVE` tells). A burst is one send of many datagrams of `size` bytes, of which the last may be shorter (UDP_SEGMENT, udp(7)):
-all or nothing."""
+all or nothing. Its `size` counts, not the socket's (`set_segment`); 0: it is one datagram."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ MAX_BURST = 64
 MAX_BURST_BYTES = 65_000
 _UDP_SEGMENT = 103
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+
+def set_segment(sock: socket.socket, size: int) -> bool:
+    """The length of the datagrams that a send of more bytes is cut into; 0: none is. Whether the socket can do that."""
+    try:
+        sock.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, size)
+    except OSError:
+        return False
+    return True
 
 
 def _each(fds: array[int], start: int, count: int, send: Callable[[int], int], whole: int) -> Misfits:

@@ -71,7 +71,7 @@ class Group:
         """A new sink."""
         begin = sink.options.begin
         if begin is not None:
-            sink.straggle(min(begin, self.session.ring.head))
+            self.session.begin_at(sink, begin)
         elif sink.options.join is Join.OLDEST:
             sink.straggle(self.session.ring.tail)
         elif sink.options.join is Join.NEXT_SYNC and self.session.options.framing is Framing.MPEGTS:
@@ -90,6 +90,7 @@ class Group:
         sink.since = self.counts.copy()
         self._herd.append(sink)
         self._fds.append(sink.fd)
+        self.enters(sink)
 
     def meets(self, cursor: int) -> bool:
         """Whether the herd is where one is that has come so far. One that was sent ahead waits for it, if there is one."""
@@ -109,6 +110,7 @@ class Group:
         if last is not sink:
             self._herd[sink.index], self._fds[sink.index] = last, fd
             last.index = sink.index
+        self.leaves(sink)
         sink.counts.add(self.counts, sink.since)
         sink.cursor, sink.index, sink.since = self.position, -1, None
 
@@ -140,7 +142,7 @@ class Group:
         skip = self._falls_behind()
         if skip is not None and not self._skip(skip):
             return False
-        self._run = self.plan(self.position, self.session.due)
+        self._run = self.for_herd(self.plan(self.position, self.session.due))
         self._done = 0
         self._first = (self._first + QUANTUM) % len(self._herd)  # nobody is always the last
         return True
@@ -214,6 +216,16 @@ class Group:
         """A sink did not take all of `run`; it is out of the herd."""
         raise NotImplementedError
 
+    def for_herd(self, run: Run) -> Run:
+        """The same, in a way that is cheaper for many alike."""
+        return run
+
+    def enters(self, sink: Sink) -> None:
+        """It is in the herd now."""
+
+    def leaves(self, sink: Sink) -> None:
+        """It is not any more."""
+
 
 class Streams(Group):
     """TCP sinks."""
@@ -239,12 +251,38 @@ class Streams(Group):
 
 
 class Datagrams(Group):
-    """UDP sinks: an entry is a datagram. A run of equally long ones is one send."""
+    """UDP sinks: an entry is a datagram. A run of equally long ones is one send. What length that is each send can say; where it
+    stays the same the herd's sockets are told once (UDP_SEGMENT as a socket option, `segment`), and a send has less to say."""
 
     bursts = True
 
+    def __init__(self, session: UserSession, options: SinkOptions) -> None:
+        super().__init__(session, options)
+        self.segment = self._seen = 0
+
+    def for_herd(self, run: Run) -> Run:
+        if isinstance(run, DatagramRun) and 0 < self.segment < run.bytes:
+            return BurstRun(run.begin, run.payloads, run.skip, segment=0)
+        if not isinstance(run, BurstRun):
+            return run
+        if self._seen == run.segment != self.segment:
+            told = [fanout.set_segment(sink.sock, run.segment) for sink in self._herd]
+            self.segment = run.segment if any(told) else 0  # a socket that was not is dead
+        self._seen = run.segment
+        return ToldRun(run) if run.segment == self.segment else run
+
+    def enters(self, sink: Sink) -> None:
+        if self.segment:
+            fanout.set_segment(sink.sock, self.segment)
+
+    def leaves(self, sink: Sink) -> None:
+        if self.segment:
+            fanout.set_segment(sink.sock, 0)
+
     def plan(self, begin: int, end: int, skip: int = 0) -> Run:
         payloads = [self.session.load(one) for one in self.session.ring.window(begin, min(end, begin + fanout.MAX_BURST))]
+        if skip:
+            return DatagramRun(begin, [payloads[0][skip:]], 0)
         size = len(payloads[0])
         alike = [payloads[0]]
         if self.bursts:
@@ -254,19 +292,18 @@ class Datagrams(Group):
                     break
                 alike.append(payload)
         if len(alike) > 1:
-            return BurstRun(begin, alike, 0)
+            return BurstRun(begin, alike, 0, segment=size)
         return DatagramRun(begin, payloads[:1], 0)
 
     def resolve(self, sink: Sink, run: Run, result: int) -> None:
-        if isinstance(run, BurstRun) and -result in _NO_BURST:
+        if isinstance(run, BurstRun | ToldRun) and -result in _NO_BURST:
             self.session.group(sink, SingleDatagrams)
             sink.straggle(run.begin)
         elif -result == errno.ECONNREFUSED:  # said of an earlier one; this one was not tried
             sink.counts.refused += 1
             sink.straggle(run.begin)
         elif -result in _UNREACHABLE:
-            sink.counts.unreachable += run.end - run.begin
-            sink.straggle(run.end)
+            sink.pass_over(run)
         elif result < 0 and -result not in WAIT:
             self.session.leave(sink, Left.PEER_GONE, -result)
         else:
@@ -318,9 +355,25 @@ class DatagramRun(Run):
 
 
 class BurstRun(Run):
+    """`segment`: bytes of a datagram; 0: it is one."""
+
+    def __init__(self, begin: int, payloads: Sequence[Payload], skip: int, *, segment: int) -> None:
+        super().__init__(begin, payloads, skip)
+        self.segment = segment
+
     def send(self, fds: array[int], start: int, count: int) -> fanout.Misfits:
-        payloads = cast("Sequence[bytes]", self.payloads)
-        return fanout.send_burst(fds, start, count, payloads, len(payloads[0]))
+        return fanout.send_burst(fds, start, count, cast("Sequence[bytes]", self.payloads), self.segment)
+
+
+class ToldRun(Run):
+    """A burst to sockets that know the datagrams' length."""
+
+    def __init__(self, burst: BurstRun) -> None:
+        super().__init__(burst.begin, burst.payloads, 0)
+        self._joined = [b"".join(cast("Sequence[bytes]", burst.payloads))]
+
+    def send(self, fds: array[int], start: int, count: int) -> fanout.Misfits:
+        return fanout.send_stream(fds, start, count, self._joined)
 
 
 class FileRun(Run):

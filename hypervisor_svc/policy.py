@@ -75,7 +75,8 @@ class UdpJob:
 
 @dataclass(frozen=True)
 class RelayPlan:
-    """A relay to open. `source`: "connection" (it is still to come), "file" (`path`, `inode`, `offset`), "udp" (`port`)."""
+    """A relay to open. `source`: "connection" (it is still to come), "file" or "ring" (`path`, `inode`, `offset`), or "udp"
+    (`port`)."""
 
     token: str
     source: str
@@ -90,8 +91,8 @@ def read_relay_plan(header: Header) -> RelayPlan:
     """Check the form of a `relay_open` message. Raises GuestError."""
     _exactly(header, _RELAY_OPEN_FIELDS)
     source = header["source"]
-    if source not in ("connection", "file", "udp"):
-        raise GuestError(Reason.BAD_REQUEST, f"source: {source!r:.40} is none of connection, file, udp")
+    if source not in ("connection", "file", "ring", "udp"):
+        raise GuestError(Reason.BAD_REQUEST, f"source: {source!r:.40} is none of connection, file, ring, udp")
     sizes = {name: _number(name, header[name], 0) for name in _RING_FIELDS}
     try:
         options = SessionOptions(framing=Framing(header["framing"]), **sizes)
@@ -100,7 +101,7 @@ def read_relay_plan(header: Header) -> RelayPlan:
     return RelayPlan(
         token=read_token(header),
         source=str(source),
-        path=_path(header["path"]) if source == "file" else "",
+        path=_path(header["path"]) if source in ("file", "ring") else "",
         inode=_number("inode", header["inode"], 0),
         offset=_number("offset", header["offset"], 0),
         port=_number("port", header["port"], 0),
@@ -273,6 +274,8 @@ def _check_file(status: os.stat_result, job: Job | RelayPlan) -> None:
         raise GuestError(Reason.NOT_A_REGULAR_FILE, f"{job.path!r} is not a regular file")
     if job.inode and job.inode != status.st_ino:
         raise GuestError(Reason.FILE_CHANGED, f"{job.path!r} is another file than the guest has open")
+    if isinstance(job, RelayPlan) and job.source == "ring":
+        return  # its offset is a position of the stream, and the reader's to check
     grows = isinstance(job, RelayPlan)
     if job.offset > status.st_size or (job.offset == status.st_size and not grows):
         raise GuestError(Reason.FILE_CHANGED, f"{job.path!r} ends at {status.st_size}, before offset {job.offset}")

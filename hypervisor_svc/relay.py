@@ -2,15 +2,16 @@
 """Step 6b: relay. One source, many sinks; the connections come by the same handoff as those of files, and go home the same way.
 
 A relay belongs to the VM that opened it, and is known by the token that its application chose. Its source is a connection that
-the guest hands over (an encoder that connected to it), a file in the share that grows, or a UDP port of the host's. Its sinks
-are connections that the guest hands over one by one, after it has said to each client whatever it has to say, and UDP
-destinations. The bytes are an engine's work (`splice_user.py`, `splice_omss.py`)::
+the guest hands over (an encoder that connected to it), a file in the share that grows, a ring there (`handoff/ring_file.py`), or a
+UDP port of the host's. Its sinks are connections that the guest hands over one by one, after it has said to each client whatever it
+has to say, and UDP destinations. The bytes are an engine's work (`splice_user.py`, `splice_omss.py`)::
 
     relay_open ──▶ open()          relay_join (source) ──▶ take()        relay_join (sink) ──▶ take()
     relay_close ─▶ close()         the source ends: the sinks get the rest and go home
     hand_back ◀── release()        a client is gone: `failed`, as with files
 
-When the guest's agent is away a relay goes on; when the VM is gone it ends."""
+While the guest's agent is away a relay goes on. Its next life calls the connections home, for nobody there knows any more whose
+relay it was, and so the relay ends; when the VM is gone it ends too."""
 
 from __future__ import annotations
 
@@ -27,9 +28,10 @@ from typing import Any
 
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import GuestError, HostError, Reason
+from guest_agent.handoff.ring_file import RingReader
 from hypervisor_svc.connection import Connection, Guest
 from hypervisor_svc.policy import RelayJob, RelayPlan, UdpJob, open_file
-from hypervisor_svc.splice import MAX_ENTRY_BYTES, Counts, Engine, FileSource, Left, Parting, Session, Source
+from hypervisor_svc.splice import MAX_ENTRY_BYTES, Counts, Engine, FileSource, Left, Parting, RingSource, Session, Source
 from hypervisor_svc.splice_omss import OmssEngine
 from hypervisor_svc.splice_user import UserEngine
 
@@ -87,7 +89,7 @@ class Relay:
     def ring_bytes(self) -> int:
         """The most that its ring may keep: a file's bytes are in the page cache, and a datagram has the size that it has."""
         options = self.plan.options
-        largest = {"file": 0, "udp": MAX_ENTRY_BYTES, "connection": options.entry_bytes}[self.plan.source]
+        largest = {"file": 0, "udp": MAX_ENTRY_BYTES}.get(self.plan.source, options.entry_bytes)
         return options.ring_entries * largest
 
 
@@ -127,6 +129,8 @@ class Relays:
         try:
             if plan.source == "file":
                 self._begin(relay, FileSource(self._open_file(guest, plan), plan.offset))
+            elif plan.source == "ring":
+                self._begin(relay, RingSource(self._open_ring(guest, plan), plan.offset))
             elif plan.source == "udp":
                 relay.port = self._bind(plan.port)
                 self._begin(relay, relay.port)
@@ -149,6 +153,19 @@ class Relays:
             return open_file(guest.machine.share, plan)
         except OSError as error:
             raise HostError(Reason.NO_SUCH_FILE, f"the share: {error.strerror}", errno=error.errno or 0) from None
+
+    def _open_ring(self, guest: Guest, plan: RelayPlan) -> int:
+        file = self._open_file(guest, plan)
+        try:
+            head = RingReader().header(file).head
+            if plan.offset > head:
+                raise GuestError(Reason.FILE_CHANGED, f"the ring {plan.path!r} ends at {head}, before {plan.offset}")
+        except BaseException as error:
+            os.close(file)
+            if isinstance(error, OSError):
+                raise GuestError(Reason.BAD_REQUEST, f"{plan.path!r}: {error.strerror}", errno=error.errno or 0) from None
+            raise
+        return file
 
     def _bind(self, port: int) -> socket.socket:
         ports = self._limits.udp_ports
@@ -343,7 +360,7 @@ class Relays:
         row: dict[str, Any] = {
             "machine": relay.guest.machine.name,
             "relay": relay.token,
-            "source": relay.plan.path if relay.plan.source == "file" else relay.plan.source,
+            "source": relay.plan.path or relay.plan.source,
             "class": relay.guest.machine.priority,
             "engine": relay.engine.name if relay.engine else None,
             "why": relay.engine.why if relay.engine else "it has no source yet",

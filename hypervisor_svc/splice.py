@@ -51,7 +51,7 @@ class SessionOptions:
 class SinkOptions:
     """`priority`: index into `schedule.PRIORITIES`. `lag_soft`: entries behind at which `on_lag` acts (0: as many as the ring
     has). `lag_hard_ms`: how long a sink that is behind may take nothing before it is disconnected (0: for ever). `begin`: the
-    entry that it gets first, instead of what `join` says (it was a sink before). Raises ValueError."""
+    position (`handoff/positions.py`) where it goes on, instead of what `join` says: it was a sink before. Raises ValueError."""
 
     priority: int = 1
     join: Join = Join.LATEST
@@ -127,7 +127,8 @@ class SinkStatus:
 
 @dataclass(frozen=True, slots=True)
 class SessionStatus:
-    """`source_dropped`: entries that could not be stored, by reason."""
+    """`source_dropped`: entries that could not be stored, by reason; of a ring the bytes that were overwritten before they were
+    read."""
 
     engine: str
     ended: bool
@@ -141,8 +142,8 @@ class SessionStatus:
 
 @dataclass(frozen=True, slots=True)
 class Parting:
-    """A sink that was removed. `cursor`: the entry that it would have got next; `unsent`: bytes of the one before it that its
-    socket did not take (it had died)."""
+    """A sink that was removed. `cursor`: the position (`handoff/positions.py`) where it would have gone on; `unsent`: bytes of the
+    entry before it that its socket did not take (it had died)."""
 
     cursor: int | None
     unsent: int
@@ -182,6 +183,12 @@ class FileSource:
 
     file: int
     offset: int
+
+
+@dataclass(frozen=True)
+class RingSource(FileSource):
+    """A ring that a guest writes (`handoff/ring_file.py`); `offset` is a position in its stream, and if that is overwritten the
+    first entry begins at what is there."""
 
 
 Source = socket.socket | FileSource

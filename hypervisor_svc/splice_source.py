@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the entries of a `user` relay come from: a TCP connection, a UDP socket, a file that grows."""
+"""Where the entries of a `user` relay come from: a TCP connection or a UDP socket; files are in `splice_file.py`."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import errno
-import os
 import select
 import socket
 from collections.abc import Hashable
@@ -15,7 +12,7 @@ from typing import TYPE_CHECKING
 from guest_agent.handoff import kernel
 from hypervisor_svc.mpegts import Framer
 from hypervisor_svc.ring import Payload, Slice
-from hypervisor_svc.splice import FileSource, Framing, Source
+from hypervisor_svc.splice import Framing
 
 if TYPE_CHECKING:
     from hypervisor_svc.splice_user import UserSession
@@ -25,8 +22,6 @@ RECEIVES = 16
 """Receives from a source between two turns of its sinks."""
 SOURCE_BUFFER = 4 << 20
 """Bytes of datagrams that may wait in the source's socket."""
-POLL_INTERVAL = 0.01
-"""Seconds between two looks at a file that grows; nobody tells a file system's other side when it has."""
 _SO_MEMINFO = 55
 
 
@@ -43,9 +38,23 @@ class SourceReader:
         """Bytes of the source's file."""
         raise NotImplementedError
 
+    def position(self, entry: int) -> int:
+        """What a sink is told that goes on at this entry (`handoff/positions.py`)."""
+        return entry
+
+    def find(self, position: int) -> tuple[int, int] | None:
+        """The opposite: the entry that a position is in, and how many of its bytes are before it; None: it has not come yet."""
+        return min(position, self._session.ring.head), 0
+
     def dropped(self) -> dict[str, int]:
-        """Entries that were lost before they came here."""
+        """See `splice.SessionStatus`."""
         return {}
+
+    def rest(self) -> None:
+        """Nothing is urgent before `catch_up`: what comes may wait where it is."""
+
+    def catch_up(self) -> None:
+        """Give the session what has come meanwhile."""
 
     def close(self) -> None:
         """Take no more. Idempotent."""
@@ -61,7 +70,7 @@ class SocketSource(SourceReader):
     def __init__(self, session: UserSession, sock: socket.socket) -> None:
         super().__init__(session)
         self._sock, self._engine = sock, session.engine
-        self._open = True
+        self._open, self._rests = True, False
         self._receives = min(RECEIVES, session.options.ring_entries // 2)
         sock.setblocking(False)
         self._engine.watch(sock.fileno(), self, select.EPOLLIN)
@@ -78,7 +87,16 @@ class SocketSource(SourceReader):
 
     def event(self, events: int) -> None:
         """Something has come, or the end."""
-        self._engine.schedule.add(self)
+        if not self._rests:
+            self._engine.schedule.add(self)
+
+    def rest(self) -> None:
+        self._rests = True
+
+    def catch_up(self) -> None:
+        if self._rests:
+            self._rests = False
+            self.turn()
 
     def turn(self) -> None:
         """See `schedule.Task`."""
@@ -155,68 +173,3 @@ class DatagramSource(SocketSource):
 def _drops(sock: socket.socket) -> int:
     """Datagrams that a socket had no room for (SO_MEMINFO, SK_MEMINFO_DROPS)."""
     return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 36)[32:36], "little")
-
-
-class FileReader(SourceReader):
-    """Entries are parts of the file, whole pages where that is possible without waiting."""
-
-    def __init__(self, session: UserSession, source: FileSource) -> None:
-        super().__init__(session)
-        self.file, self._offset = source.file, source.offset
-        mpegts = session.options.framing is Framing.MPEGTS
-        self._framer = Framer(session.options.entry_bytes) if mpegts else None
-        self._at = source.offset
-        self._timer: asyncio.TimerHandle | None = self._loop.call_soon(self._look)  # type: ignore[assignment]
-
-    def _look(self) -> None:
-        try:
-            size = os.fstat(self.file).st_size
-            grown = self._grown(size)
-        except OSError as error:
-            self._session.end(f"the source's file: {error.strerror}")
-            return
-        self._timer = self._loop.call_later(0 if size > self._at else POLL_INTERVAL, self._look)
-        if grown:
-            self._session.take(grown)
-
-    def _grown(self, size: int) -> list[Payload]:
-        if size < self._at:
-            raise OSError(errno.ESTALE, "it was cut short")
-        parts: list[Payload] = []
-        for _ in range(RECEIVES):
-            length = min(size - self._at, RECEIVE_BYTES if self._framer else self._session.options.entry_bytes)
-            if not length:
-                break
-            parts += self._cut(Slice(self._at, length))
-            self._at += length
-        return parts
-
-    def _cut(self, part: Slice) -> list[Payload]:
-        if self._framer is None:
-            return [part]
-        parts: list[Payload] = []
-        for entry in self._framer.feed(self.read(part)):
-            parts.append(Slice(self._offset, len(entry)))
-            self._offset += len(entry)
-        return parts
-
-    def read(self, part: Slice) -> bytes:
-        return os.pread(self.file, part.length, part.offset)
-
-    def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def release(self) -> None:
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
-
-
-def open_source(source: Source, session: UserSession) -> SourceReader:
-    if isinstance(source, FileSource):
-        return FileReader(session, source)
-    if source.type == socket.SOCK_STREAM:
-        return StreamSource(session, source)
-    return DatagramSource(session, source)

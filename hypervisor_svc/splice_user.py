@@ -3,8 +3,8 @@
 
 The price of fan-out is per send. So sinks that have got the same entries form a *herd* (`herd.py`) whose turn is one call; who does
 not take everything leaves it as a *straggler* (`straggler.py`) until it has caught up. Counting works the same way: the herd
-counts, and a sink remembers what the herd had counted when it came. Entries come from `splice_source.py` and are kept in a ring
-(`ring.py`); `schedule.py` says whose turn it is."""
+counts, and a sink remembers what the herd had counted when it came. Entries come from `splice_source.py` or `splice_file.py` and
+are kept in a ring (`ring.py`); `schedule.py` says whose turn it is."""
 
 from __future__ import annotations
 
@@ -22,20 +22,25 @@ from hypervisor_svc.ring import Payload, Ring
 from hypervisor_svc.schedule import Schedule
 from hypervisor_svc.splice import (
     Counts,
+    FileSource,
     Framing,
     Left,
     OnLeft,
     Parting,
+    RingSource,
     SessionOptions,
     SessionStatus,
     SinkOptions,
     SinkStatus,
     Source,
 )
-from hypervisor_svc.splice_source import open_source
+from hypervisor_svc.splice_file import FileReader, RingFileReader
+from hypervisor_svc.splice_source import DatagramSource, SourceReader, StreamSource
 from hypervisor_svc.straggler import Sink
 
 SWEEP_INTERVAL = 0.25
+CALM_BYTES = TURN_BYTES // 4
+"""A source that brought no more within one latency budget may rest in the next."""
 
 
 class UserEngine:
@@ -108,16 +113,18 @@ class UserSession:
         self.gone = Counts()
         self.stragglers: set[Sink] = set()
         self.waiting: set[Sink] = set()
+        self.early: dict[Sink, int] = {}
         self._on_end = on_end
         self._groups: dict[Hashable, Group] = {}
         self._sinks: dict[int, Sink] = {}
         self._numbers = itertools.count(1)
-        self._bytes_in = 0
+        self._bytes_in = self._flushed = 0
+        self._calm = False
         self._closed = False
         self._syncs = SyncPoints() if options.framing is Framing.MPEGTS else None
         self._budget: asyncio.TimerHandle | None = None
         self._sweep: asyncio.TimerHandle | None = None
-        self._source = open_source(source, self)
+        self._source = _reader(source, self)
 
     # The source's side.
 
@@ -128,10 +135,18 @@ class UserSession:
             self._bytes_in += len(payload)
             if self._syncs is not None:
                 self._look_for_sync(sequence, payload)
+        for sink, position in list(self.early.items()):
+            self.begin_at(sink, position)
         if self.options.budget_ms == 0 or self._pending() >= TURN_BYTES:
             self.flush()
         elif self._budget is None and self.due < self.ring.head:
-            self._budget = self.engine.loop.call_later(self.options.budget_ms / 1000, self.flush)
+            self._budget = self.engine.loop.call_later(self.options.budget_ms / 1000, self._budget_over)
+            if self._calm:
+                self._source.rest()  # to be woken for each entry costs more than to send it
+
+    def _budget_over(self) -> None:
+        self._source.catch_up()
+        self.flush()
 
     def _pending(self) -> int:
         """Bytes that are not due yet; an estimate suffices."""
@@ -155,6 +170,8 @@ class UserSession:
         if self._budget is not None:
             self._budget.cancel()
             self._budget = None
+        self._calm = self._bytes_in - self._flushed < CALM_BYTES
+        self._flushed = self._bytes_in
         self.due = self.ring.head
         for group in self._groups.values():
             group.go_on()
@@ -166,7 +183,7 @@ class UserSession:
         self.ended = True
         self._source.close()
         self.flush()
-        for sink in list(self.waiting):
+        for sink in [*self.waiting, *self.early]:
             self.leave(sink, Left.SOURCE_ENDED)
         for group in self._groups.values():
             group.release_if_done()
@@ -199,6 +216,15 @@ class UserSession:
         sink.group = self._groups[key]
         return sink.group
 
+    def begin_at(self, sink: Sink, position: int) -> None:
+        """It goes on where it once left, as soon as the source has come so far."""
+        found = self._source.find(position)
+        if found is None:
+            self.early[sink] = position
+        else:
+            self.early.pop(sink, None)
+            sink.go_on_within(*found)
+
     def remove_sink(self, sink: int) -> Parting:
         """See `splice.Session`."""
         found = self._sinks[sink]
@@ -206,7 +232,7 @@ class UserSession:
         if sink not in self._sinks:
             raise KeyError(sink)  # that turn showed that it is dead; its owner was told
         unsent = found.finish_entry()
-        cursor = found.cursor_now()
+        cursor = self._position(found)
         self._forget(found)
         return Parting(cursor, unsent, found.counts)
 
@@ -215,9 +241,17 @@ class UserSession:
         if sink.number not in self._sinks:
             return
         sink.count_lost_until(self.ring.head)
-        cursor = sink.cursor_now()
+        cursor = self._position(sink)
         self._forget(sink)
         sink.on_left(sink.number, why, number, Parting(cursor, 0, sink.counts))
+
+    def _position(self, sink: Sink) -> int | None:
+        """Where it would go on. What the ring does not keep any more it has lost."""
+        if sink in self.early:
+            return self.early[sink]
+        sink.lose_what_is_gone()
+        cursor = sink.cursor_now()
+        return None if cursor is None else self._source.position(cursor)
 
     def _forget(self, sink: Sink) -> None:
         del self._sinks[sink.number]
@@ -226,6 +260,7 @@ class UserSession:
         sink.group.dismiss(sink)
         self.stragglers.discard(sink)
         self.waiting.discard(sink)
+        self.early.pop(sink, None)
         self.gone.add(sink.counts)
 
     def ahead(self, group: Group) -> list[Sink]:
@@ -282,6 +317,14 @@ class UserSession:
     def load(self, payload: Payload) -> bytes:
         """An entry's bytes."""
         return payload if isinstance(payload, bytes) else self._source.read(payload)
+
+
+def _reader(source: Source, session: UserSession) -> SourceReader:
+    if isinstance(source, RingSource):
+        return RingFileReader(session, source)
+    if isinstance(source, FileSource):
+        return FileReader(session, source)
+    return StreamSource(session, source) if source.type == socket.SOCK_STREAM else DatagramSource(session, source)
 
 
 def _kind_of(sock: socket.socket) -> type[Group]:

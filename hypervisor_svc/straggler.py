@@ -89,12 +89,32 @@ class Sink:
         self.count_lost_until(sequence)
         self.straggle(sequence)
 
+    def go_on_within(self, sequence: int, offset: int) -> None:
+        """From a byte of an entry on."""
+        if offset:
+            payload = self.session.ring[sequence]
+            self.partial, self.offset = payload if isinstance(self.group, Streams) else self.session.load(payload), offset
+        self.straggle(sequence)
+
+    def lose_what_is_gone(self) -> None:
+        """It leaves at an entry's end, and what is before the ring's is lost."""
+        tail = self.session.ring.tail
+        if self.index < 0 and not self.offset and self.cursor is not None and self.cursor < tail:
+            count_lost(self.counts, tail - self.cursor, overrun=True)
+            self.cursor = tail
+
     def count_lost_until(self, sequence: int) -> None:
         """What passed while it waited."""
         if self.lost_from is not None:
             begin, overrun = self.lost_from
             count_lost(self.counts, sequence - begin, overrun=overrun)
             self.lost_from = None
+
+    def pass_over(self, run: Run) -> None:
+        """Nothing of it reaches this sink."""
+        self.counts.unreachable += run.end - run.begin
+        self.offset, self.partial = 0, None
+        self.straggle(run.end)
 
     def stand_in(self, run: Run, taken: int) -> None:
         """After `taken` bytes of a run."""
@@ -145,7 +165,7 @@ class Sink:
         if self.partial is not None and self.cursor < self.session.ring.tail:
             self._send(self._rest_of_entry())
         else:
-            self._send(self.group.plan(self.cursor, self.group.limit, self.offset))
+            self._send(self.group.plan(self.cursor, max(self.group.limit, self.cursor + 1), self.offset))
 
     def _rest_of_entry(self) -> Run:
         assert self.cursor is not None and self.partial is not None

@@ -6,7 +6,8 @@
  * so neither may be kept open by us: a member holds the struct sock, not the file.
  * Who uses the socket takes a reference to its file for that moment, which fails
  * once it is being closed: so no close can come in the midst of a send, nor has it
- * to wait for one (if ours is the last reference, the kernel closes it later).
+ * to wait for one (if ours is the last reference, the kernel closes it later). A
+ * single datagram does without: it uses the struct sock alone (datagram.c).
  *
  * To hear of a close we put a copy of the protocol's proto_ops in place whose
  * release() is ours. Overriding sk_prot->close(), as sockmap does, would do too, but

@@ -134,7 +134,7 @@ bool omss_ts_synced(const u8 *packet)
 	return packet[0] == SYNC_BYTE;
 }
 
-/* How many bytes to leave out in a gap. A sync byte counts if the next packet has one too. */
+/* How many bytes are before the next packet. A sync byte counts if that of the one after it is there, or is yet to come. */
 u32 omss_ts_resync(const u8 *bytes, u32 count)
 {
 	u32 at;

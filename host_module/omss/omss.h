@@ -121,7 +121,7 @@ void omss_members_stop(void);
 /* mpegts.c */
 struct omss_ts {
 	u32 pending;			/* bytes after ring.room.offset that are no entry yet */
-	bool lost;			/* inside a gap */
+	bool lost;			/* memory was short: till the next packet */
 	bool have_pat;
 	u64 pat;			/* the entry that holds the last PAT */
 	DECLARE_BITMAP(programs, OMSS_TS_PIDS);	/* PIDs of its PMTs */
@@ -215,14 +215,16 @@ bool omss_may(const struct sock *sk);
 struct omss_session *omss_session_next(u32 after);
 extern unsigned int omss_max_sinks;
 
-/* source.c, sink.c, send.c, status.c */
+/* source.c, sink.c, send.c, datagram.c, status.c */
 bool omss_source_run(struct omss_task *task, struct omss_batch *batch);
 bool omss_group_run(struct omss_task *task, struct omss_batch *batch);
 void omss_sink_wake(struct omss_sink *sink);
-int omss_sink_finish(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch);
-int omss_send_stream(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch);
-int omss_send_datagrams(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch);
-int omss_send_rest(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch);
+int omss_sink_finish(struct omss_sink *sink, struct omss_batch *batch);
+int omss_send_stream(struct omss_sink *sink, struct omss_batch *batch);
+int omss_send_datagrams(struct omss_sink *sink, struct omss_batch *batch);
+int omss_send_datagram(struct sock *sk, const struct bio_vec *frag, unsigned int frags,
+		       size_t bytes);
+int omss_send_rest(struct omss_sink *sink, struct omss_batch *batch);
 void omss_add_counters(struct omss_counters *to, const struct omss_counters *from);
 int omss_get_status(struct sock *sk, struct omss_request *request, char __user *to, int room);
 extern unsigned int omss_copy_below;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* Payload into a socket's send queue, by reference or as a copy. */
+#include <linux/file.h>
 #include <linux/module.h>
 #include <linux/net.h>
 #include <linux/udp.h>
@@ -65,18 +66,23 @@ static void count(struct omss_sink *sink, const struct bio_vec *frag, size_t sen
 	}
 }
 
-/* `segment`: the length of each datagram but the last, or 0. */
-static int transmit(struct omss_sink *sink, struct socket *sock, const struct bio_vec *frag,
-		    unsigned int frags, size_t bytes, u16 segment)
+/*
+ * By the socket layer. `segment`: the length of each datagram but the last, or 0. -EBADF:
+ * the socket is being closed, and will leave.
+ */
+static int send_message(struct sock *sk, const struct bio_vec *frag, unsigned int frags,
+			size_t bytes, u16 segment, bool shared)
 {
 	struct msghdr msg = { .msg_flags = MSG_DONTWAIT | MSG_NOSIGNAL };
 	union {
 		struct cmsghdr header;
 		u8 room[CMSG_SPACE(sizeof(u16))];
 	} control = { };
-	bool shared = shares(sink, bytes);
+	struct file *file = omss_file(sk);
 	int sent;
 
+	if (!file)
+		return -EBADF;
 	if (segment) {
 		control.header.cmsg_level = SOL_UDP;
 		control.header.cmsg_type = UDP_SEGMENT;
@@ -86,21 +92,36 @@ static int transmit(struct omss_sink *sink, struct socket *sock, const struct bi
 		msg.msg_controllen = sizeof(control);
 	}
 	iov_iter_bvec(&msg.msg_iter, ITER_SOURCE, frag, frags, bytes);
-	sent = shared ? omss_send_pages(sock, &msg) : sock_sendmsg(sock, &msg);
+	sent = shared ? omss_send_pages(sk->sk_socket, &msg) : sock_sendmsg(sk->sk_socket, &msg);
+	fput(file);
+	return sent;
+}
+
+/* A datagram needs no more of its socket than that it is there: we hold it. */
+static int transmit(struct omss_sink *sink, const struct bio_vec *frag, unsigned int frags,
+		    size_t bytes, u16 segment)
+{
+	bool shared = shares(sink, bytes);
+	int sent = 0;
+
+	if (shared && !segment && !sink->member.stream)
+		sent = omss_send_datagram(sink->member.sk, frag, frags, bytes);
+	if (!sent)
+		sent = send_message(sink->member.sk, frag, frags, bytes, segment, shared);
 	if (sent >= 0)
 		count(sink, frag, sent, shared);
 	return sent;
 }
 
 /* The rest of the entry that is begun: 0 once it is in the send queue. */
-int omss_send_rest(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+int omss_send_rest(struct omss_sink *sink, struct omss_batch *batch)
 {
 	u32 left = sink->begun->bytes - sink->offset;
 	unsigned int frags;
 	int sent;
 
 	frags = omss_append_frags(batch->scratch, 0, OMSS_BATCH, sink->begun, sink->offset);
-	sent = transmit(sink, sock, batch->scratch, frags, left, 0);
+	sent = transmit(sink, batch->scratch, frags, left, 0);
 	if (sent < 0)
 		return sent;
 	sink->offset += sent;
@@ -134,12 +155,12 @@ static void advance(struct omss_sink *sink, struct omss_batch *batch, size_t sen
 }
 
 /* All of the batch in one send: 0, -EAGAIN if not all was taken, or an error. */
-int omss_send_stream(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+int omss_send_stream(struct omss_sink *sink, struct omss_batch *batch)
 {
 	int sent = 0;
 
 	if (batch->bytes) /* else nothing but empty datagrams */
-		sent = transmit(sink, sock, batch->frag, batch->frags, batch->bytes, 0);
+		sent = transmit(sink, batch->frag, batch->frags, batch->bytes, 0);
 	if (sent < 0)
 		return sent;
 	advance(sink, batch, sent);
@@ -148,14 +169,20 @@ int omss_send_stream(struct omss_sink *sink, struct socket *sock, struct omss_ba
 
 /*
  * Datagrams from `first` on that can go as one burst (UDP_SEGMENT): of one length, the
- * last one may be shorter. Their payload is gathered in `scratch`.
+ * last one may be shorter. Their payload is gathered in `scratch`, for most of them.
  */
 static unsigned int gather(struct omss_sink *sink, struct omss_batch *batch, unsigned int first,
-			   unsigned int *frags, size_t *bytes)
+			   const struct bio_vec **frag, unsigned int *frags, size_t *bytes)
 {
 	u32 length = batch->entry[first]->bytes, last = length;
 	unsigned int many = 1, next;
 
+	*frag = batch->frag;
+	*frags = batch->frags;
+	*bytes = batch->bytes;
+	if (batch->count == 1)
+		return 1;
+	*frag = batch->scratch;
 	*frags = omss_append_frags(batch->scratch, 0, OMSS_BATCH, batch->entry[first], 0);
 	*bytes = length;
 	if (sink->no_bursts || !length)
@@ -181,18 +208,18 @@ static bool no_burst(int err)
 }
 
 /* One datagram an entry. What the network refuses is dropped, as it would be on the way. */
-int omss_send_datagrams(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+int omss_send_datagrams(struct omss_sink *sink, struct omss_batch *batch)
 {
 	unsigned int i = 0, many, frags;
+	const struct bio_vec *frag;
 	bool told = false;
 	size_t bytes;
 	int err;
 
 	while (i < batch->count) {
-		many = gather(sink, batch, i, &frags, &bytes);
-		err = transmit(sink, sock, batch->scratch, frags, bytes,
-			       many > 1 ? batch->entry[i]->bytes : 0);
-		if (err == -EAGAIN || err == -EDESTADDRREQ || err == -EPIPE)
+		many = gather(sink, batch, i, &frag, &frags, &bytes);
+		err = transmit(sink, frag, frags, bytes, many > 1 ? batch->entry[i]->bytes : 0);
+		if (err == -EAGAIN || err == -EDESTADDRREQ || err == -EPIPE || err == -EBADF)
 			return err;
 		if (many > 1 && no_burst(err)) {
 			sink->no_bursts = true;

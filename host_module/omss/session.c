@@ -394,7 +394,7 @@ static int halt_sink(struct omss_sink *sink)
 	mutex_lock(&sink->group->lock);
 	file = omss_file(sink->member.sk);
 	if (file) {
-		err = omss_sink_finish(sink, sink->member.sk->sk_socket, batch);
+		err = omss_sink_finish(sink, batch);
 		fput(file);
 	}
 	mutex_unlock(&sink->group->lock);

@@ -133,45 +133,49 @@ static void wait_for_room(struct omss_sink *sink)
 		timer_reduce(&session->watch, deadline);
 }
 
-static int send_next(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+static int send_next(struct omss_sink *sink, struct omss_batch *batch)
 {
 	struct omss_ring *ring = &sink->member.session->ring;
 
 	if (sink->begun)
-		return omss_send_rest(sink, sock, batch);
+		return omss_send_rest(sink, batch);
 	omss_batch_fill(batch, ring, sink->cursor);
 	if (!batch->count) /* the tail has overtaken it */
 		return 0;
-	return sink->member.stream ? omss_send_stream(sink, sock, batch) :
-				     omss_send_datagrams(sink, sock, batch);
+	return sink->member.stream ? omss_send_stream(sink, batch) :
+				     omss_send_datagrams(sink, batch);
 }
 
-/* Send what there is: 0, -EAGAIN (it is blocked then) or why it cannot go on. */
-static int send_all(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+/*
+ * Send what there is, to one that is placed. 0: it has all; 1: it could take more; -EAGAIN:
+ * it is blocked; or why it cannot go on.
+ */
+static int send_all(struct omss_sink *sink, struct omss_batch *batch)
 {
 	struct omss_ring *ring = &sink->member.session->ring;
-	int err = 0, turns = 0;
+	int err, turns = 0;
+	bool more;
 
 	WRITE_ONCE(sink->blocked, false);
-	while (turns < MOST_SENDS && place(sink, ring)) {
-		err = send_next(sink, sock, batch);
-		turns++;
-		if (err != -EAGAIN) {
-			if (err)
-				break;
-			continue;
+	do {
+		err = send_next(sink, batch);
+		if (err == -EAGAIN) {
+			if (sink->blocked)
+				return err;
+			/* The callback looks at this: has there been room since? */
+			WRITE_ONCE(sink->blocked, true);
+			smp_mb(); /* with the atomics that make room, before the callback */
+			if (!omss_writeable(sink->member.sk))
+				return err;
+		} else if (err) {
+			break;
 		}
-		if (sink->blocked)
-			break;
-		/* The callback looks at this: has there been room since? */
-		WRITE_ONCE(sink->blocked, true);
-		smp_mb(); /* with the atomics that make room, before the callback */
-		if (!omss_writeable(sink->member.sk))
-			break;
-	}
-	if (err != -EAGAIN)
-		WRITE_ONCE(sink->blocked, false);
-	return err;
+		more = place(sink, ring);
+	} while (more && ++turns < MOST_SENDS);
+	if (err == -EAGAIN)
+		return err;
+	WRITE_ONCE(sink->blocked, false);
+	return err ?: more;
 }
 
 /* True: it could take more. Under group->lock. */
@@ -179,7 +183,6 @@ static bool serve(struct omss_sink *sink, struct omss_batch *batch)
 {
 	struct omss_ring *ring = &sink->member.session->ring;
 	struct sock *sk = sink->member.sk;
-	struct file *file;
 	int err;
 
 	if (sink->state >= OMSS_SINK_FAILED)
@@ -198,18 +201,12 @@ static bool serve(struct omss_sink *sink, struct omss_batch *batch)
 		wait_for_room(sink);
 		return false;
 	}
-	file = omss_file(sk);
-	if (!file) { /* it is being closed, and will leave */
-		give_up(sink, OMSS_SINK_FAILED, -EBADF);
-		return false;
-	}
-	err = send_all(sink, sk->sk_socket, batch);
-	fput(file);
+	err = send_all(sink, batch);
 	if (err == -EAGAIN)
 		wait_for_room(sink);
-	else if (err)
+	else if (err < 0)
 		give_up(sink, OMSS_SINK_FAILED, err);
-	return !err && sink->state < OMSS_SINK_FAILED && place(sink, ring);
+	return err > 0;
 }
 
 /* From any context, under RCU or with the session held: it is to be looked at soon. */
@@ -229,6 +226,8 @@ static struct omss_sink *next_woken(struct omss_group *group)
 {
 	struct omss_sink *sink;
 
+	if (list_empty_careful(&group->woken)) /* who comes now queues the task once more */
+		return NULL;
 	spin_lock_irq(&group->wake_lock);
 	sink = list_first_entry_or_null(&group->woken, struct omss_sink, wake);
 	if (sink)
@@ -286,7 +285,7 @@ bool omss_group_run(struct omss_task *task, struct omss_batch *batch)
 }
 
 /* Whatever the send queue holds already. */
-static int push_rest(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+static int push_rest(struct omss_sink *sink, struct omss_batch *batch)
 {
 	struct sock *sk = sink->member.sk;
 	int room, err;
@@ -295,7 +294,7 @@ static int push_rest(struct omss_sink *sink, struct socket *sock, struct omss_ba
 	room = sk->sk_sndbuf;
 	WRITE_ONCE(sk->sk_sndbuf, INT_MAX / 2);
 	release_sock(sk);
-	err = omss_send_rest(sink, sock, batch);
+	err = omss_send_rest(sink, batch);
 	lock_sock(sk);
 	WRITE_ONCE(sk->sk_sndbuf, room);
 	release_sock(sk);
@@ -306,12 +305,12 @@ static int push_rest(struct omss_sink *sink, struct socket *sock, struct omss_ba
  * No new entry for this one, and the rest of one that is begun goes into the send
  * queue: -EAGAIN if it does not, 0 if it is there, or never will be. Under group->lock.
  */
-int omss_sink_finish(struct omss_sink *sink, struct socket *sock, struct omss_batch *batch)
+int omss_sink_finish(struct omss_sink *sink, struct omss_batch *batch)
 {
 	int err = 0;
 
 	if (sink->begun && !broken(sink->member.sk))
-		err = push_rest(sink, sock, batch);
+		err = push_rest(sink, batch);
 	if (sink->state < OMSS_SINK_FAILED)
 		sink->state = OMSS_SINK_LEAVING;
 	return err == -EAGAIN ? err : 0;

@@ -8,7 +8,7 @@
 
 /* A smaller rest of a page is not worth a read. */
 #define LEAST		2048
-/* What is after the last whole packet, and what it takes to find the next after a gap. */
+/* What is after the last whole packet is less; and so much is worth a read. */
 #define MOST_PENDING	(2 * OMSS_TS_PACKET)
 
 /* 0 bytes of room: look (MSG_PEEK) or throw away (MSG_TRUNC). */
@@ -76,38 +76,50 @@ static u32 measure(struct omss_session *session, const u8 *bytes)
 	return length;
 }
 
-/* Make entries of all packets that are whole. */
+/* The first of the pending bytes become an entry. */
+static void cut_off(struct omss_session *session, u32 bytes)
+{
+	struct omss_entry *entry = omss_ring_carve(&session->ring, bytes);
+
+	if (entry) {
+		add(session, entry);
+	} else {
+		session->ring.room.offset += bytes;
+		dropped(session, OMSS_DROP_MEMORY);
+	}
+	session->ts->pending -= bytes;
+}
+
+/* After a gap: what is left of a packet whose beginning was lost is not worth more. */
+static void skip_torn(struct omss_session *session, const u8 *bytes)
+{
+	struct omss_ts *ts = session->ts;
+	u32 length = omss_ts_resync(bytes, ts->pending);
+
+	session->ring.room.offset += length;
+	ts->pending -= length;
+	ts->lost = !ts->pending;
+	if (length)
+		dropped(session, OMSS_DROP_FRAMING);
+}
+
+/* Make entries of all packets that are whole, and of bytes that belong to none. */
 static void cut(struct omss_session *session)
 {
 	struct page_frag *room = &session->ring.room;
 	struct omss_ts *ts = session->ts;
-	struct omss_entry *entry;
-	u32 length;
 	u8 *bytes;
 
-	while (ts->pending >= OMSS_TS_PACKET) {
+	while (ts->pending) {
 		bytes = page_address(room->page) + room->offset;
-		if (!ts->lost && !omss_ts_synced(bytes)) {
-			ts->lost = true;
-			ts->have_pat = false;
-			dropped(session, OMSS_DROP_FRAMING);
-		}
-		if (ts->lost) {
-			length = omss_ts_resync(bytes, ts->pending);
-			room->offset += length;
-			ts->pending -= length;
-			ts->lost = ts->pending < OMSS_TS_PACKET;
-			continue;
-		}
-		length = measure(session, bytes);
-		entry = omss_ring_carve(&session->ring, length);
-		if (entry) {
-			add(session, entry);
-		} else {
-			room->offset += length;
-			dropped(session, OMSS_DROP_MEMORY);
-		}
-		ts->pending -= length;
+		if (ts->lost)
+			skip_torn(session, bytes);
+		else if (!omss_ts_synced(bytes))
+			cut_off(session, omss_ts_resync(bytes, ts->pending));
+		else if (ts->pending >= OMSS_TS_PACKET)
+			cut_off(session, measure(session, bytes));
+		else
+			return;
 	}
 }
 
@@ -142,6 +154,7 @@ static int read_packets(struct omss_session *session, struct socket *sock)
 	if (packet_room(session, &frag)) {
 		session->ts->pending = 0;
 		session->ts->lost = true;
+		session->ts->have_pat = false;
 		return discard(session, sock);
 	}
 	err = receive(sock, &frag, 1, frag.bv_len, 0);
@@ -149,8 +162,7 @@ static int read_packets(struct omss_session *session, struct socket *sock)
 		session->ts->pending += err;
 		cut(session);
 	} else if (!err && session->ts->pending) {
-		session->ts->pending = 0;
-		dropped(session, OMSS_DROP_FRAMING);
+		cut_off(session, session->ts->pending);
 	}
 	return err;
 }

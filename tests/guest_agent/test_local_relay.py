@@ -83,7 +83,7 @@ def test_one_leaves_and_comes_back_without_a_gap(tmp_path: Path) -> None:
             writer.write(b"one,")
             assert await _read(far, 4) == b"one,"
             ending = await relay.remove_sink(first)
-            assert ending.alive and ending.cursor == 1
+            assert ending.alive and ending.cursor == 4
             writer.write(b"two,")
             near.send(b"(mine)")
             await asyncio.sleep(0.1)
@@ -96,6 +96,45 @@ def test_one_leaves_and_comes_back_without_a_gap(tmp_path: Path) -> None:
             assert second.over and relay.over.result() == "closed"
         near.close()
         far.close()
+
+    _run(test)
+
+
+def test_a_ring_s_file_is_not_held(tmp_path: Path) -> None:
+    """Its share goes and comes back while the relay goes on; and one that leaves goes on at any relay of it."""
+    path = tmp_path / "share" / "ring"
+    path.parent.mkdir()
+
+    async def test() -> None:
+        (near, far), (second_near, second_far) = _pair(), _pair()
+        with offload.Ring(path, size=65536) as ring:
+            relay = await offload.publish(ring)
+            assert (relay.path, relay.reason) == ("local", "no_agent")
+            sink = await relay.add_sink(near)
+            ring.write(b"one,")
+            assert await _read(far, 4) == b"one,"
+            ring.close()
+            for _ in range(20):
+                assert str(path) not in [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+                await asyncio.sleep(0.003)
+            path.parent.rename(tmp_path / "away")
+            await asyncio.sleep(0.1)
+            assert not relay.over.done()
+            (tmp_path / "away").rename(path.parent)
+            ring.write(b"two,")
+            assert await _read(far, 4) == b"two,"
+            ending = await relay.remove_sink(sink)
+            assert ending.alive and ending.cursor == 8
+            ring.write(b"three")
+            other = await offload.publish(offload.Ring(path), offset=2)
+            await other.add_sink(near, begin=ending.cursor)
+            late = await other.add_sink(second_near, begin=11)
+            assert await _read(far, 5) == b"three" and await _read(second_far, 2) == b"ee"
+            ring.end()
+            assert await relay.over == await other.over == "the source's ring was ended"
+            assert (await late.wait()).cursor == 13
+        for sock in (near, far, second_near, second_far):
+            sock.close()
 
     _run(test)
 

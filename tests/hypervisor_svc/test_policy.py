@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Callable
@@ -16,7 +17,17 @@ from hypothesis import strategies as st
 
 from guest_agent.handoff.errors import GuestError, HandoffError, Reason
 from guest_agent.handoff.snapshot import Endpoint, encode
-from hypervisor_svc.policy import Job, check_flow, open_file, read_job, read_token
+from hypervisor_svc.policy import (
+    Job,
+    check_flow,
+    open_file,
+    read_job,
+    read_relay_job,
+    read_relay_plan,
+    read_token,
+    read_udp_job,
+)
+from hypervisor_svc.splice import SessionOptions
 from tests.guest_agent.handoff.samples import SNAPSHOT
 from tests.guest_agent.handoff.test_snapshot import JSON
 
@@ -74,6 +85,70 @@ def test_no_request_crashes(name: str, value: Any) -> None:
         read_job(message | {name: value}, body)
     except GuestError:
         return
+
+
+RING = {"framing": "raw", "ring_entries": 64, "entry_bytes": 4096, "budget_ms": 0, "max_sinks": 10}
+SINK = {"priority": "normal", "join": "latest", "on_lag": "head_drop", "lag_soft": 0, "lag_hard_ms": 0, "begin": None}
+OPEN: dict[str, Any] = {"type": "relay_open", "token": TOKEN, "path": "live", "inode": 7, "offset": 10, "port": 0, **RING}
+ENDS = {"local": ["10.0.0.2", 9], "peer": ["10.0.0.3", 9]}
+UDP: dict[str, Any] = {"type": "relay_udp", "token": TOKEN, "relay": TOKEN, **ENDS, **SINK}
+
+
+def joining(**changes: Any) -> tuple[dict[str, Any], bytes]:
+    header, body = encode(SNAPSHOT)
+    return {"type": "relay_join", "token": TOKEN, "relay": TOKEN, "role": "sink", "snapshot": header, **SINK, **changes}, body
+
+
+def test_good_words_of_relays() -> None:
+    for source in ("file", "ring", "udp", "connection"):
+        plan = read_relay_plan({**OPEN, "source": source})
+        assert (plan.source, plan.path) == (source, "live" if source in ("file", "ring") else "")
+        assert plan.options == SessionOptions(ring_entries=64, entry_bytes=4096, max_sinks=10)
+    assert read_relay_job(*joining(begin=1 << 40)).options.begin == 1 << 40
+    assert read_udp_job(UDP).peer == Endpoint("10.0.0.3", 9)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"source": "disk"},
+        {"source": None},
+        {"ring_entries": 1},
+        {"ring_entries": 1 << 17},
+        {"entry_bytes": 187},
+        {"budget_ms": 1001},
+        {"max_sinks": 0},
+        {"framing": "mp4"},
+        {"offset": -1},
+        {"offset": 1 << 62},
+        {"path": ""},
+        {"more": 1},
+    ],
+)
+def test_bad_relays(changes: dict[str, Any]) -> None:
+    with pytest.raises(GuestError) as error:
+        read_relay_plan({**OPEN, "source": "ring", **changes})
+    assert error.value.reason is Reason.BAD_REQUEST
+
+
+@given(name=st.sampled_from(sorted({*OPEN, "source", "more"})), source=st.sampled_from(["file", "ring", "udp"]), value=JSON)
+def test_no_relay_crashes(name: str, source: str, value: Any) -> None:
+    with contextlib.suppress(GuestError):
+        plan = read_relay_plan({**OPEN, "source": source, name: value})
+        assert 2 <= plan.options.ring_entries <= 1 << 16 and 188 <= plan.options.entry_bytes <= 1 << 16
+
+
+@given(name=st.sampled_from(sorted(joining()[0])), value=JSON)
+def test_no_sink_crashes(name: str, value: Any) -> None:
+    with contextlib.suppress(GuestError):
+        job = read_relay_job(*joining(**{name: value}))
+        assert job.options.begin is None or 0 <= job.options.begin < 1 << 62
+
+
+@given(name=st.sampled_from(sorted(UDP)), value=JSON)
+def test_no_udp_sink_crashes(name: str, value: Any) -> None:
+    with contextlib.suppress(GuestError):
+        assert 1 <= read_udp_job({**UDP, name: value}).peer.port <= 65535
 
 
 @given(JSON)

@@ -5,178 +5,18 @@ counted; and whatever one sink does, no other notices."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hypervisor_svc.herd import Datagrams
 from hypervisor_svc.ring import Join, OnLag
-from hypervisor_svc.schedule import Schedule
-from hypervisor_svc.splice import FileSource, Framing, Left, Parting, SessionOptions, SinkOptions, SinkState, Source
-from hypervisor_svc.splice_user import UserEngine, UserSession
+from hypervisor_svc.splice import Framing, Left, SessionOptions, SinkOptions, SinkState
+from tests.hypervisor_svc.splice_bench import Bench, Listener, bench, feed, run
 from tests.transport_stream import PACKET, stream
-
-LOOPBACKS = {4: "127.0.0.1", 6: "::1"}
-FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
-
-
-@dataclass(eq=False)
-class Listener:
-    """One sink's far end; reads all the time unless it is `stalled`."""
-
-    near: socket.socket
-    far: socket.socket
-    number: int = 0
-    got: bytearray = field(default_factory=bytearray)
-    datagrams: list[bytes] = field(default_factory=list)
-    ended: bool = False
-    left: tuple[Left, int] | None = None
-    parting: Parting | None = None
-    _reading: bool = False
-
-    def read(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._reading = True
-        loop.add_reader(self.far, self._readable)
-
-    def stall(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._reading:
-            loop.remove_reader(self.far)
-        self._reading = False
-
-    def _readable(self) -> None:
-        for _ in range(64):
-            try:
-                data = self.far.recv(1 << 16)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if self.far.type == socket.SOCK_DGRAM:
-                self.datagrams.append(data)
-                continue
-            if not data:
-                self.ended = True
-                self.stall(asyncio.get_running_loop())
-                return
-            self.got += data
-
-    def close(self, *, reset: bool = False) -> None:
-        self.stall(asyncio.get_running_loop())
-        if reset:
-            self.far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        self.far.close()
-
-
-@dataclass
-class Bench:
-    """An engine, one session, its source's far end and its listeners."""
-
-    session: UserSession
-    source: Any
-    loop: asyncio.AbstractEventLoop
-    listeners: list[Listener] = field(default_factory=list)
-    ended: list[str] = field(default_factory=list)
-
-    def listen(self, options: SinkOptions | None = None, *, udp: bool = False, family: int = 4, buffer: int = 0) -> Listener:
-        near, far = pair(udp=udp, family=family, buffer=buffer)
-        listener = Listener(near, far)
-
-        def on_left(sink: int, why: Left, number: int, parting: Parting) -> None:
-            assert sink == listener.number
-            listener.left, listener.parting = (why, number), parting
-
-        listener.number = self.session.add_sink(near, options or SinkOptions(), on_left)
-        listener.read(self.loop)
-        self.listeners.append(listener)
-        return listener
-
-    async def until(self, condition: Callable[[], object], what: str) -> None:
-        deadline = self.loop.time() + 20
-        while not condition():
-            assert self.loop.time() < deadline, what
-            await asyncio.sleep(0.005)
-
-    def sink(self, listener: Listener) -> Any:
-        return next(one for one in self.session.sinks() if one.sink == listener.number)
-
-    async def caught_up(self, *listeners: Listener) -> None:
-        head = self.session.ring.head
-        numbers = {one.number for one in listeners or self.listeners}
-        await self.until(
-            lambda: all((s.cursor or 0) >= head for s in self.session.sinks() if s.sink in numbers), "all sinks have everything"
-        )
-
-
-def pair(*, udp: bool = False, family: int = 4, buffer: int = 0) -> tuple[socket.socket, socket.socket]:
-    """Connected sockets: the near end is ours, the far end the client's. `buffer`: bytes that each side keeps."""
-    address = LOOPBACKS[family]
-    if udp:
-        far = socket.socket(FAMILIES[family], socket.SOCK_DGRAM)
-        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
-        far.bind((address, 0))
-        near = socket.socket(FAMILIES[family], socket.SOCK_DGRAM)
-        near.connect(far.getsockname())
-    else:
-        with socket.socket(FAMILIES[family]) as listener:
-            if buffer:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-            listener.bind((address, 0))
-            listener.listen()
-            near = socket.create_connection(listener.getsockname()[:2])
-            far = listener.accept()[0]
-        if buffer:
-            near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
-    far.setblocking(False)
-    return near, far
-
-
-@contextlib.asynccontextmanager
-async def bench(source: str | FileSource = "tcp", **options: Any) -> AsyncIterator[Bench]:
-    """`source`: "tcp", "udp" or a file. Afterwards nothing is left in the engine."""
-    schedule = Schedule()
-    engine = UserEngine(schedule)
-    near: Source
-    if isinstance(source, FileSource):
-        near, far = source, None
-    else:
-        far, near = pair(udp=source == "udp", buffer=0)
-        if source == "udp":
-            near, far = near, far
-    ended: list[str] = []
-    session = engine.begin(near, SessionOptions(**options), owner="vm", level=1, on_end=ended.append)
-    made = Bench(session, far, asyncio.get_running_loop(), ended=ended)
-    try:
-        yield made
-    finally:
-        session.close()
-        assert not engine._watched and not session.stragglers and not session.waiting
-        engine.close()
-        schedule.close()
-        for listener in made.listeners:
-            listener.close()
-            listener.near.close()
-        for sock in (near, far):
-            if isinstance(sock, socket.socket):
-                sock.close()
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 60))
-
-
-async def feed(made: Bench, data: bytes, *, piece: int = 10_000, pause: float = 0.0) -> None:
-    """Into a TCP source."""
-    made.source.setblocking(False)
-    for at in range(0, len(data), piece):
-        await made.loop.sock_sendall(made.source, data[at : at + piece])
-        await asyncio.sleep(pause)
-    await made.until(lambda: made.session.status().bytes_in >= len(data), "the source's bytes arrive")
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -483,32 +323,59 @@ def test_anything_at_random_and_nobody_s_stream_changes() -> None:
     run(test)
 
 
-@pytest.mark.parametrize("mpegts", [False, True])
-def test_a_file_that_grows_is_sent_from_the_page_cache(mpegts: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["tcp", "udp"])
+def test_a_calm_source_rests_within_the_budget_and_loses_nothing(source: str) -> None:
+    """Also when it is calm no more."""
+
     async def test() -> None:
-        path = tmp_path / "live"
-        data = b"".join(stream(200))
-        path.write_bytes(data[:100_000])
-        framing = Framing.MPEGTS if mpegts else Framing.RAW
-        file = os.open(path, os.O_RDONLY)
-        async with bench(FileSource(file, 0), framing=framing, ring_entries=4096) as made:
-            early = [made.listen() for _ in range(20)]
-            udp = made.listen(udp=True)
-            with path.open("ab") as writer:
-                for at in range(100_000, len(data), 50_000):
-                    writer.write(data[at : at + 50_000])
-                    writer.flush()
-                    await asyncio.sleep(0.01)
-            await made.until(lambda: all(len(one.got) >= len(data) - 187 for one in early), "all have all")
-            late = made.listen(SinkOptions(join=Join.OLDEST))
-            await made.until(lambda: len(late.got) == len(early[0].got), "who comes late too")
-            assert {bytes(one.got) for one in [*early, late]} == {data}
-            assert b"".join(udp.datagrams) == data
-            counts = made.sink(early[0]).counts
-            assert counts.bytes_copied == 0 and counts.pages_referenced >= len(data) // 4096
-            path.write_bytes(b"")
-            await made.until(lambda: made.ended, "a file that was cut short is the end")
-            assert "cut short" in made.ended[0]
+        async with bench(source, budget_ms=100, ring_entries=4096) as made:
+            listener = made.listen()
+            reads, looked = 0, made.session.take
+
+            def take(payloads: Any) -> None:
+                nonlocal reads
+                reads += 1
+                looked(payloads)
+
+            made.session.take = take  # type: ignore[method-assign]
+            for number in range(100):
+                made.source.send(b"%04d" % number * 100)
+                await asyncio.sleep(0.01)
+            await made.until(lambda: len(listener.got) == 40_000, "all of it")
+            assert reads < 100, "it was not looked at for each"
+            surge = b"".join(b"%04d" % number * 1000 for number in range(700))
+            made.source.setblocking(False)
+            for at in range(0, len(surge), 20_000):
+                await made.loop.sock_sendall(made.source, surge[at : at + 20_000])
+            await made.until(lambda: len(listener.got) == 40_000 + len(surge), "the surge too")
+            assert listener.got.endswith(surge)
+            assert made.session.status().counts.lost == 0 and not made.session.status().source_dropped
+
+    run(test)
+
+
+def test_bursts_of_one_length_and_what_comes_between() -> None:
+    """Datagrams stay what they are, whatever their sockets were told of the lengths before; and a socket that leaves forgets it."""
+
+    async def test() -> None:
+        chance, sent = random.Random(3), list[bytes]()
+        async with bench("udp", budget_ms=5) as made:
+            herd = [made.listen(udp=True) for _ in range(5)]
+            for _ in range(60):
+                length = chance.choice([1400, 1400, 1400, 700, 3000])
+                for _ in range(chance.choice([1, 4, 4])):
+                    data = os.urandom(length)
+                    made.source.send(data)
+                    sent.append(data)
+                await asyncio.sleep(0.006)
+            await made.until(lambda: all(len(one.datagrams) == len(sent) for one in herd), "all came")
+            assert all(one.datagrams == sent for one in herd)
+            (group,) = made.session._groups.values()
+            assert isinstance(group, Datagrams) and group.segment
+            parting = made.session.remove_sink(herd[0].number)
+            assert parting.counts.turns < parting.counts.entries == len(sent)
+            herd[0].near.send(bytes(3 * 1400))
+            await made.until(lambda: herd[0].datagrams[-1] == bytes(3 * 1400), "one datagram, as before")
 
     run(test)
 

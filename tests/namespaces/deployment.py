@@ -21,6 +21,8 @@ from tests.namespaces.topology import Namespace, Network
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 15.0
+START_PATIENCE = 60.0
+"""Seconds: on an emulated processor four Python programs start at once."""
 LIVE_PORT, LIVE_PASSWORD = 8000, "hackme"
 
 
@@ -97,8 +99,8 @@ class Deployment:
 
     def wait_ready(self) -> None:
         """Until the agent's hello has arrived and the media server answers."""
-        wait_for(self._hello, "the agent's hello")
-        wait_for(self._answers, "the media server")
+        wait_for(self._hello, "the agent's hello", START_PATIENCE)
+        wait_for(self._answers, "the media server", START_PATIENCE)
 
     def _hello(self) -> bool:
         try:

@@ -11,8 +11,10 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -435,6 +437,75 @@ def test_a_client_that_comes_and_goes_has_no_gap(live: Deployment, share: Path) 
     assert seen["heard"] == "hello, while it is out"
 
 
+def test_a_ring_through_relay_after_relay(live: Deployment, share: Path) -> None:
+    """Each relay cuts the ring's bytes anew; who is called home from one goes on in the next, and misses nothing."""
+    path, size = share / "radio.ring", 20_000 * 20 * 5
+    data = b"".join(stream(600))[:size]
+    assert len(data) == size
+    got = [bytearray(), bytearray()]
+    with application(live, "ring", str(path), "9000") as process:
+        assert told(process) == {"ready": True} and process.stdin is not None
+        with live.network.client.entered():
+            clients = [socket.create_connection((live.network.guest_address[4], 9000), timeout=30) for _ in got]
+        threads = [threading.Thread(target=_receive, args=both) for both in zip(clients, got, strict=True)]
+        for thread in threads:
+            thread.start()
+        assert os.write(process.stdin.fileno(), data) == size
+        stays = [told(process) for _ in range(5)]
+        end = told(process)
+        for thread in threads:
+            thread.join(30)
+    assert [(stay["path"], stay["reason"]) for stay in stays] == [("offloaded", None)] * 5
+    assert all(0 < max(stay["cursors"]) <= stay["written"] for stay in stays)
+    assert end["ended"] == "the source's ring was ended"
+    assert [ending["cursor"] for ending in end["endings"]] == [size, size]
+    assert got == [data, data]
+    assert live.call("relays")["relays"] == []
+
+
+def _receive(sock: socket.socket, got: bytearray) -> None:
+    with sock:
+        while more := sock.recv(1 << 16):
+            got += more
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """And its key."""
+    path = tmp_path_factory.mktemp("certificate") / "both.pem"
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=test -keyout"
+    subprocess.run(["openssl", *words.split(), str(path), "-out", str(path.with_suffix(".crt"))], check=True, capture_output=True)
+    path.write_bytes(path.read_bytes() + path.with_suffix(".crt").read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["file", "ring"])
+def test_clients_that_cannot_move(live: Deployment, share: Path, certificate: Path, kind: str) -> None:
+    """The relay is at the host; who speaks TLS or Multipath TCP gets the same bytes, from the guest."""
+    data = os.urandom(1_000_000)
+    got = [bytearray() for _ in range(3)]
+    ciphers = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    ciphers.check_hostname, ciphers.verify_mode = False, ssl.CERT_NONE
+    with application(live, "unmovable", kind, str(share / kind), "9000", str(certificate)) as process:
+        assert told(process) == {"path": "offloaded", "reason": None} and process.stdin is not None
+        with live.network.client.entered():
+            clients = [socket.create_connection((live.network.guest_address[4], 9000 + at), timeout=30) for at in range(3)]
+        clients[0] = ciphers.wrap_socket(clients[0])
+        threads = [threading.Thread(target=_receive, args=both) for both in zip(clients, got, strict=True)]
+        for thread in threads:
+            thread.start()
+        assert os.write(process.stdin.fileno(), data) == len(data)
+        seen = told(process)
+        assert seen["paths"] == ["local", "local", "offloaded"]
+        assert (seen["status"]["sink_count"], seen["status"]["sinks_here"]) == (1, 2)
+        process.stdin.close()
+        endings = told(process)["endings"]
+        for thread in threads:
+            thread.join(30)
+    assert [(one["cursor"], one["sent"], one["alive"]) for one in endings] == [(len(data), len(data), True)] * 3
+    assert got == [data] * 3
+
+
 RING = {"framing": "raw", "ring_entries": 64, "entry_bytes": 4096, "budget_ms": 0, "max_sinks": 10}
 SINK = {"priority": "normal", "join": "latest", "on_lag": "head_drop", "lag_soft": 0, "lag_hard_ms": 0, "begin": None}
 TOKEN = "0123456789abcdef" * 2
@@ -442,6 +513,7 @@ NONSENSE: list[tuple[dict[str, Any], str]] = [
     ({"op": "publish"}, "bad_request"),
     ({"op": "publish", "token": TOKEN, "source": "file", "offset": 0, **RING}, "bad_request"),
     ({"op": "publish", "token": TOKEN, "source": [], **RING}, "bad_request"),
+    ({"op": "publish", "token": TOKEN, "source": "ring", "offset": 0, **RING}, "bad_request"),
     ({"op": "publish", "token": TOKEN, "source": "connection", **RING}, "bad_request"),
     ({"op": "publish", "token": TOKEN, "source": "udp", "port": 7000, **RING}, "foreign_address"),
     ({"op": "publish", "token": TOKEN[1:], "source": "udp", "port": 9, **RING}, "bad_request"),

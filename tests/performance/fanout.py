@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.table import Table
 
@@ -195,7 +195,13 @@ def one(programs: dict[str, Path], side: str, *, udp: bool, count: int, seconds:
         return row
 
 
-def feed(encoder: socket.socket, seconds: float) -> int:
+class Encoder(Protocol):
+    """Who gives the pieces on."""
+
+    def send(self, data: bytes, /) -> object: ...
+
+
+def feed(encoder: Encoder, seconds: float) -> int:
     """Send pieces at the rate for so long; how many."""
     interval, begun, sent = PIECE * 8 / RATE, time.monotonic(), 0
     while (due := begun + sent * interval) < begun + seconds:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same work by a peer: a live stream of 256 kbit/s to 1,000 listeners, by Icecast 2 and by the `user` engine.
+"""The same work by peers: a live stream of 256 kbit/s to 1,000 listeners, by Icecast 2, nginx-rtmp, GStreamer's tcpserversink (a
+multihandlesink, as multisocketsink is) and the `user` engine.
 
     ./run bench peers [--json FILE] [--plot FILE] [--quick]
 
-One run, in turns, on loopback: processor time of the serving process for each Gbit/s that its listeners got."""
+One run, in turns, on loopback: processor time of the serving process for each Gbit/s that its listeners got. ffmpeg's own HTTP
+listener takes one client a stream: it cannot do this work."""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +28,10 @@ from rich.table import Table
 
 from tests.performance import bench, fanout
 from tests.performance.bench import Bar, Report
+from tests.performance.relays import rtmp
 
-ICECAST = "/usr/bin/icecast2"
 PASSWORD, MOUNT = "hackme", "/radio"
+WORDS = "Authorization: Basic c291cmNlOmhhY2ttZQ==\r\nContent-Type: audio/mpeg\r\n"
 CONFIG = """<icecast>
  <limits><clients>5000</clients><sources>2</sources><queue-size>4194304</queue-size><burst-on-connect>0</burst-on-connect></limits>
  <authentication><source-password>{password}</source-password><admin-password>{password}</admin-password></authentication>
@@ -39,8 +42,12 @@ CONFIG = """<icecast>
  <security><chroot>0</chroot><changeowner><user>nobody</user><group>nogroup</group></changeowner></security>
 </icecast>
 """
-CAVEAT = "loopback: receiving is part of each send here, in all columns; the listeners' HTTP is over before the measurement"
-SIDES = ("icecast", "user, 0 ms", "user, 50 ms", "user, 200 ms")
+NGINX = """load_module /usr/lib/nginx/modules/ngx_rtmp_module.so;
+daemon off; master_process off; worker_rlimit_nofile 8000; pid {folder}/pid; error_log {folder}/error.log;
+events {{ worker_connections 5000; }}
+rtmp {{ access_log off; server {{ listen 127.0.0.1:{port}; application live {{ live on; }} }} }}
+"""
+CAVEAT = "loopback: receiving is part of each send here, in all columns; what the listeners ask is over before the measurement"
 
 
 @dataclass(frozen=True)
@@ -56,30 +63,61 @@ FULL = Plan(1000, seconds=8, repeats=3)
 QUICK = Plan(50, seconds=2, repeats=1)
 
 
+@dataclass(frozen=True)
+class Peer:
+    """A server: how it is started (in a folder, at a port, with a socket that it may read), who feeds it, and how a listener asks.
+    `late`: it answers a listener when something comes."""
+
+    argv: Callable[[Path, int, int], list[str]]
+    encoder: Callable[[int, socket.socket], fanout.Encoder]
+    listener: Callable[[int], socket.socket]
+    late: bool = False
+
+
 @contextlib.contextmanager
-def icecast(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A server, and its port."""
+def serving(peer: Peer, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int, socket.socket]]:
+    """The process, its port, and the far end of the socket that it may read."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    home = folder / "icecast"
+    home = folder / "peer"
     home.mkdir()
     home.chmod(0o777)
     folder.chmod(0o755)
+    near, far = socket.socketpair()
+    with near, far, (home / "output").open("wb") as output:
+        argv = peer.argv(home, port, near.fileno())
+        with subprocess.Popen(argv, stdout=output, stderr=output, pass_fds=[near.fileno()]) as server:
+            try:
+                _wait_for(port, server, home / "output")
+                yield server, port, far
+            finally:
+                server.terminate()
+    shutil.rmtree(home)
+
+
+def _wait_for(port: int, server: subprocess.Popen[bytes], output: Path) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{server.args!r} does not answer: {output.read_text()[-500:]}")
+        time.sleep(0.05)
+
+
+def _icecast(home: Path, port: int, source: int) -> list[str]:
     (home / "icecast.xml").write_text(CONFIG.format(password=PASSWORD, port=port, folder=home))
-    argv = [ICECAST, "-c", str(home / "icecast.xml")]
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            deadline = time.monotonic() + 10
-            while True:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                    break
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"Icecast does not answer: {(home / 'error.log').read_text()[-500:]}")
-                time.sleep(0.05)
-            yield server, port
-        finally:
-            server.terminate()
-        shutil.rmtree(home)
+    return ["/usr/bin/icecast2", "-c", str(home / "icecast.xml")]
+
+
+def _nginx(home: Path, port: int, source: int) -> list[str]:
+    (home / "nginx.conf").write_text(NGINX.format(port=port, folder=home))
+    return ["/usr/sbin/nginx", "-c", str(home / "nginx.conf"), "-p", str(home)]
+
+
+def _gstreamer(home: Path, port: int, source: int) -> list[str]:
+    words = f"fdsrc fd={source} blocksize={fanout.PIECE} ! tcpserversink host=127.0.0.1 port={port} sync=false"
+    return ["gst-launch-1.0", "-q", *words.split()]
 
 
 def ask(port: int, head: str) -> socket.socket:
@@ -95,8 +133,24 @@ def ask(port: int, head: str) -> socket.socket:
     return sock
 
 
+PEERS = {
+    "Icecast": Peer(
+        _icecast,
+        lambda port, _: ask(port, f"SOURCE {MOUNT} HTTP/1.0\r\n{WORDS}\r\n"),
+        lambda port: ask(port, f"GET {MOUNT} HTTP/1.0\r\n\r\n"),
+        late=True,
+    ),
+    "nginx-rtmp": Peer(
+        _nginx, lambda port, _: rtmp.Client(port, publish=True), lambda port: rtmp.Client(port, publish=False).sock
+    ),
+    "GStreamer": Peer(_gstreamer, lambda _, source: source, lambda port: socket.create_connection(("127.0.0.1", port))),
+}
+OURS = "user, 200 ms"
+SIDES = (*PEERS, "user, 0 ms", "user, 50 ms", OURS)
+
+
 @contextlib.contextmanager
-def _always_something(encoder: socket.socket) -> Iterator[None]:
+def _always_something(encoder: fanout.Encoder) -> Iterator[None]:
     over = threading.Event()
 
     def run() -> None:
@@ -113,15 +167,14 @@ def _always_something(encoder: socket.socket) -> Iterator[None]:
         thread.join()
 
 
-def measure_icecast(programs: dict[str, Path], folder: Path, plan: Plan) -> dict[str, Any]:
+def measure_peer(side: str, programs: dict[str, Path], folder: Path, plan: Plan) -> dict[str, Any]:
     """One measurement."""
+    peer = PEERS[side]
     with contextlib.ExitStack() as stack:
-        server, port = stack.enter_context(icecast(folder))
-        words = "Authorization: Basic c291cmNlOmhhY2ttZQ==\r\nContent-Type: audio/mpeg\r\n"
-        encoder = stack.enter_context(ask(port, f"SOURCE {MOUNT} HTTP/1.0\r\n{words}\r\n"))
-        with _always_something(encoder):  # a listener is answered when something comes
-            with ThreadPoolExecutor(64) as pool:
-                socks = list(pool.map(lambda _: ask(port, f"GET {MOUNT} HTTP/1.0\r\n\r\n"), range(plan.listeners)))
+        server, port, source = stack.enter_context(serving(peer, folder))
+        encoder = peer.encoder(port, source)
+        with _always_something(encoder) if peer.late else contextlib.nullcontext(), ThreadPoolExecutor(64) as pool:
+            socks = list(pool.map(lambda _: peer.listener(port), range(plan.listeners)))
         for sock in socks:
             stack.enter_context(sock)
         first = stack.enter_context(fanout.consecutive(socks))
@@ -133,7 +186,7 @@ def measure_icecast(programs: dict[str, Path], folder: Path, plan: Plan) -> dict
         spent, took = fanout.processor_time(server.pid) - before, time.monotonic() - begun
         delivered = sum(int(word) for word in fanout.stop(drain).split())
         expected = pieces * fanout.PIECE * plan.listeners
-        share = {"side": "icecast", "sinks": plan.listeners, "seconds": took, "processor_seconds": spent}
+        share = {"side": side, "sinks": plan.listeners, "seconds": took, "processor_seconds": spent}
         return {**share, "delivered": min(delivered, expected), "expected": expected}
 
 
@@ -141,8 +194,8 @@ def measure(programs: dict[str, Path], folder: Path, plan: Plan) -> list[dict[st
     """All rows, the sides in turn."""
     rows = []
     for _ in range(plan.repeats):
-        rows.append(measure_icecast(programs, folder, plan))
-        for side in SIDES[1:]:
+        rows += [measure_peer(side, programs, folder, plan) for side in PEERS]
+        for side in SIDES[len(PEERS) :]:
             rows.append(fanout.one(programs, side, udp=False, count=plan.listeners, seconds=plan.seconds))
     return rows
 
@@ -155,8 +208,8 @@ def cost(rows: list[dict[str, Any]], side: str) -> float:
 def verdicts(rows: list[dict[str, Any]]) -> list[Bar]:
     """How many times better."""
     return [
-        Bar(f"Icecast's processor time by that of {side}", cost(rows, "icecast") / cost(rows, side), "times", limit, ">=")
-        for side, limit in (("user, 200 ms", 2),)
+        Bar(f"{peer}'s processor time by that of {OURS}", cost(rows, peer) / cost(rows, OURS), "times", limit, ">=")
+        for peer, limit in (("Icecast", 2), ("nginx-rtmp", 1), ("GStreamer", 1))
     ]
 
 

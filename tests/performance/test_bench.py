@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.performance import bench, fanout, files, handoff, moves, overload, payload, peers, warm
+from tests.performance import bench, dash, dash_client, fanout, files, handoff, moves, overload, payload, peers, rtp, warm
 from tests.performance.bench import Bar, Report
 from tests.vm.setups import NAMES
 
@@ -181,7 +181,8 @@ def test_fanout_is_compared_with_the_daemon(cheap: float, copied: float, short: 
     ("low", "high", "holds"), [([0, 0.5, 1], [0, 0, 0.4], True), ([0, 0.5, 1], [0, 0.02, 0.4], False), ([0, 0.1], [0, 0], False)]
 )
 def test_the_high_class_loses_last(low: list[float], high: list[float], holds: bool) -> None:
-    rows = [{"class": name, "loss": loss} for name, losses in (("low", low), ("high", high)) for loss in losses]
+    classes = (("low", low), ("high", high))
+    rows = [{"engine": one, "class": name, "loss": loss} for one in overload.ENGINES for name, losses in classes for loss in losses]
     assert all(bar.holds for bar in overload.verdicts(rows)) is holds
 
 
@@ -208,8 +209,61 @@ def test_a_peer_is_compared_by_what_was_delivered() -> None:
     assert peers.verdicts(rows)[0].holds
 
 
+@pytest.mark.parametrize("value", [7, "word", b"raw", {"b": 1, "a": {"c": "x"}}])
+def test_bencode_is_undone(value: rtp.Value) -> None:
+    raw = rtp.encode(value)
+    found, end = rtp.decode(raw)
+    assert end == len(raw)
+    assert rtp.encode(found) == raw
+    assert rtp.decode(b"d1:al1:x2:yyee")[0] == {"a": [b"x", b"yy"]}
+
+
+def test_rtp_verdict(tmp_path: Path) -> None:
+    facts = {"delivered": 1 << 30, "expected": 1 << 30, "memory_per_sink": 9}
+    costs = dict.fromkeys(rtp.SIDES, 2) | {"rtpengine": 4}
+    rows: list[dict[str, Any]] = [{"side": side, "processor_seconds": cost, **facts} for side, cost in costs.items()]
+    assert [(bar.value, bar.holds) for bar in rtp.verdicts(rows)] == [(2, True), (1, True)]
+    rows[0]["delivered"] -= 1
+    assert [bar.holds for bar in rtp.verdicts(rows)] == [True, False]
+    rtp.plot(Report("rtp", "none", rows=rows), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _films(**factors: float) -> list[dict[str, Any]]:
+    """Each side needs so many seconds for each ladder."""
+    sides = {**dict.fromkeys(dash.SIDES, 1.0), "vm": 2.0, **factors}
+    return [
+        {"ladder": ladder.name, "side": side, "clients": clients, "repeat": 0, "seconds": seconds}
+        for clients in (1, 50)
+        for ladder in dash.LADDERS
+        for side, seconds in sides.items()
+    ]
+
+
+@pytest.mark.parametrize(("offload", "short"), [(1.02, 0), (1.05, 4), (1.2, 8)])
+def test_dash_verdict(offload: float, short: int, tmp_path: Path) -> None:
+    rows = _films(offload=offload)
+    bars = dash.judge(rows, {"offloaded": 99, "failed": 0, "local": {"too_small": 500, "table_full": 1}})
+    assert sum(not bar.holds for bar in bars) == short
+    assert bars[-1].value == 0.99 and len(bars) == 9
+    dash.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_dash_client_reads_what_we_and_ffmpeg_write() -> None:
+    ladder = dash.LADDERS[0]
+    film = dash_client.parse(dash.manifest(ladder).encode())
+    assert len(film.segments) == ladder.segments
+    assert (film.segments[0], film.segments[-1]) == ("segment-001.m4s", "segment-040.m4s")
+    template = '<SegmentTemplate timescale="12800" duration="192000" startNumber="5" media="s-$Number$.m4s"/>'
+    text = f'<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" mediaPresentationDuration="PT1M0.1S"><Period>{template}</Period></MPD>'
+    assert dash_client.parse(text.encode()).segments == ("s-5.m4s", "s-6.m4s", "s-7.m4s", "s-8.m4s", "s-9.m4s")
+    with pytest.raises(ValueError, match="not a static manifest"):
+        dash_client.parse(b"<MPD/>")
+
+
 @pytest.mark.root
-@pytest.mark.parametrize("name", ["fanout", "overload"])
+@pytest.mark.parametrize("name", ["fanout", pytest.param("overload", marks=pytest.mark.long)])
 def test_relays_are_measured(name: str, tmp_path: Path) -> None:
     """Not how well: other tests may be running."""
     report, plot = tmp_path / "report.json", tmp_path / "plot.png"
@@ -221,5 +275,5 @@ def test_relays_are_measured(name: str, tmp_path: Path) -> None:
         assert {row["side"] for row in data["rows"]} == {*fanout.SIDES, *fanout.FLOODS}
         assert [bar["holds"] for bar in data["bars"] if bar["name"].startswith("bytes delivered")] == [True]
     else:
-        assert [row["class"] for row in data["rows"]] == list(overload.CLASSES) * len(overload.QUICK.burdens)
+        assert [row["class"] for row in data["rows"]] == list(overload.CLASSES) * 4
     assert plot.read_bytes().startswith(b"\x89PNG")

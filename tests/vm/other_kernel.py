@@ -60,15 +60,19 @@ class OtherKernel:
     modules: tuple[str, ...] = ()
     counted: bool = False
 
-    def run(self, command: Sequence[str], *, timeout: float, output: Path | None = None) -> int:
-        """Run the command in this checkout; its exit status. Raises RuntimeError if the kernel did not live to its end,
-        TimeoutError if it took too long."""
+    def run(
+        self, command: Sequence[str], *, timeout: float, output: Path | None = None, outside: Sequence[Path] = ()
+    ) -> int:
+        """Run the command in this checkout; its exit status. Files `outside` are at /outside, by their names, for both to write.
+        Raises RuntimeError if the kernel did not live to its end, TimeoutError if it took too long."""
         kernel = self.kernel()
         with tempfile.TemporaryDirectory(prefix="streamlift-kernel-") as folder:
             work = Path(folder)
             loads = [f"insmod {_into(work, self.module(name))}" for name in self.modules]
             (work / "command").write_text("\n".join(["set -e", *loads, _script(command)]), encoding="utf-8")
             (work / "output").touch()
+            for file in outside:
+                os.link(file, work / file.name)
             if output is not None:
                 output.unlink(missing_ok=True)
                 os.link(work / "output", output)
@@ -117,7 +121,7 @@ class OtherKernel:
 
 
 def _script(command: Sequence[str]) -> str:
-    names = ("PATH", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "STREAMLIFT_CACHE")
+    names = ("PATH", "PYTHONPATH", "PYTHONPYCACHEPREFIX", "STREAMLIFT_CACHE")
     exports = [f"export {name}={shlex.quote(os.environ[name])}" for name in names if name in os.environ]
     prepare = ["modprobe tun || true", "export TMPDIR=/run/tmp", *exports, f"cd {shlex.quote(str(ROOT))}"]
     return "\n".join([*prepare, "exec " + shlex.join(command)]) + "\n"

@@ -105,7 +105,7 @@ def test_socket_offload(series: str, gifts: Path) -> None:
 @pytest.mark.parametrize("series", SERIES)
 def test_omss(series: str, tmp_path: Path) -> None:
     """Streams, ends, loads under traffic; a little nonsense; and live streams through the whole product."""
-    suites = [f"tests/host_module/omss/test_{name}.py" for name in ("sessions", "ends")]
+    suites = [f"tests/host_module/omss/test_{name}.py" for name in ("sessions", "ends", "shortage")]
     script = f"""{pytest_command(*suites)}
         {sys.executable} -m tests.host_module.omss.fuzz --minutes 0.1
         STREAMLIFT_RELAY_ENGINE=omss {pytest_command("tests/namespaces/test_relay.py", "-k", RELAYED[series])}
@@ -113,6 +113,15 @@ def test_omss(series: str, tmp_path: Path) -> None:
     text = run_inside(series, tmp_path / "output", script, name="omss")
     passed = [int(count) for count in re.findall(r"(\d+) passed", text)]
     assert passed[0] >= 40 and passed[1] == 2
+
+
+@pytest.mark.long
+@pytest.mark.timeout(800)
+@pytest.mark.parametrize("series", SERIES)
+def test_omss_for_five_minutes(series: str, tmp_path: Path) -> None:
+    """Sinks join, leave, stall and reset at random, and nobody else's stream changes."""
+    script = f"{pytest_command('-m', 'long', 'tests/host_module/omss/test_sessions.py')}; rmmod omss"
+    assert "1 passed" in run_inside(series, tmp_path / "output", script, name="omss", timeout=700)
 
 
 @pytest.mark.parametrize("series", SERIES)

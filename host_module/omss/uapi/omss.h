@@ -107,8 +107,8 @@ struct omss_hello {
 #define OMSS_RAW		0	/* anywhere: each entry is a sync point */
 /*
  * MPEG-TS (ISO/IEC 13818-1): entries of a TCP source are whole packets of 188
- * bytes, and a PAT always begins one; bytes between packets are dropped. The
- * entry that holds a PAT is a sync point as soon as a PMT and then a packet with
+ * bytes, and a PAT always begins one; bytes that belong to no packet are entries
+ * of their own: nothing is left out. The entry that holds a PAT is a sync point as soon as a PMT and then a packet with
  * random_access_indicator have followed it before the next PAT; a packet of video,
  * where there is any (sound could begin at every packet). Datagrams are
  * left as they are (188-byte packets, with or without an RTP header of 12 bytes).
@@ -223,7 +223,7 @@ struct omss_adopt {
 #define OMSS_DROP_LAG		1	/* sinks: by `lag_soft` and `on_lag` */
 #define OMSS_DROP_ERROR		2	/* UDP sinks: the kernel could not send it */
 #define OMSS_DROP_MEMORY	3	/* source: no memory, or max_memory reached */
-#define OMSS_DROP_FRAMING	4	/* source: bytes that were no packet; counted once a gap */
+#define OMSS_DROP_FRAMING	4	/* source: the rest of a packet that OMSS_DROP_MEMORY tore */
 #define OMSS_DROP_SIZE		5	/* source: datagrams of more than `entry` bytes */
 #define OMSS_DROP_REFUSED	6	/* UDP sinks: was sent, and refused over there (ICMP) */
 #define OMSS_DROPS		8

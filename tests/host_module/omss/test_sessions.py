@@ -11,7 +11,7 @@ import random
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -38,7 +38,7 @@ from tests.host_module.omss.streams import (
     settled,
     wait_for,
 )
-from tests.transport_stream import PACKET, group, packet, pat
+from tests.transport_stream import PACKET, group
 
 SMALL = 4096
 """Bytes of a socket buffer that stalls soon."""
@@ -367,17 +367,34 @@ def feed_stream(source: Link, blob: bytes) -> None:
     wait_for(lambda: omss.status(source.near).head > 0, "it has come")
 
 
-def test_what_is_no_packet_is_left_out() -> None:
-    stream = [pat(), packet(0x101), packet(0x101)]
-    with links(["tcp4", "tcp4"]) as (source, sink):
-        omss.set_source(source.near, framing=Framing.MPEGTS)
+def test_what_is_no_packet_is_passed_on() -> None:
+    """As entries of its own: a sink gets every byte, however they come, and joins at a PAT."""
+    chance = random.Random(11)
+    parts = [b"rubbish" * 100, *(_with_rubbish(chance) for _ in range(60)), b"\x47" + bytes(50)]
+    whole, at = b"".join(parts), 0
+    with links(["tcp4", "tcp4", "tcp4"]) as (source, sink, late):
+        omss.set_source(source.near, framing=Framing.MPEGTS, entry=7 * PACKET, ring=4000)
         omss.add_sink(source.near, sink.near)
-        send(source, b"".join([b"rubbish" * 100, *stream, b"\0" * 77, *stream, b"\x47" + bytes(50)]))
+        omss.add_sink(source.near, late.near, join=Join.NEXT_SYNC)
+        while at < len(whole):
+            step = chance.choice([1, 50, 187, 188, 189, 1000, 5000])
+            send(source, whole[at : at + step])
+            at += step
         source.far.close()
-        read_bytes([sink], 6 * PACKET)
+        read_bytes([sink], len(whole))
         wait_for(lambda: omss.status(source.near).state is State.ENDED, "the end")
-        assert bytes(sink.got) == b"".join(stream * 2)
-        assert omss.status(source.near).dropped.framing == 3
+        late.read()
+        assert bytes(sink.got) == whole
+        begins = bytes(late.got)
+        assert whole.endswith(begins) and begins.startswith(b"\x47\x40\0") and len(begins) > len(whole) // 2
+        status = omss.status(source.near)
+        assert status.dropped.framing == 0 and status.received == len(whole)
+
+
+def _with_rubbish(chance: random.Random) -> bytes:
+    """A group, and perhaps bytes that belong to no packet."""
+    rubbish = bytes(chance.randrange(256) for _ in range(chance.choice([0, 0, 0, 1, 77, 187, 188, 400, 5000])))
+    return group(20) + rubbish
 
 
 def test_drop_to_sync() -> None:
@@ -409,21 +426,36 @@ def test_drop_to_sync() -> None:
 
 
 def test_random_disturbance_changes_nobody_elses_stream() -> None:
+    disturbed(2010, lambda rounds: rounds < 60)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(500)
+def test_five_minutes_of_random_disturbance() -> None:
+    end = time.monotonic() + 300
+    disturbed(2011, lambda rounds: time.monotonic() < end)
+
+
+def disturbed(seed: int, more: Callable[[int], bool]) -> None:
     """Joins, leaves, stalls, resets and closes at random; the steady sinks get every byte, the others whole entries."""
-    chosen = random.Random(2010)
+    chosen, fed, rounds = random.Random(seed), 0, 0
     with links(["udp4", "tcp4", "tcp6", "udp4"]) as (source, *steady):
         omss.set_source(source.near, ring=64)
         for sink in steady:
             omss.add_sink(source.near, sink.near, service_class=3)
         others: list[Link] = []
-        for first in range(0, 3000, 10):
-            feed(source, first, 10)
-            if first % 50 == 0:
-                read_bytes(steady, (first + 10) * PIECE)
-            disturb(chosen, source, others)
-        read_bytes(steady, 3000 * PIECE)
-        for sink in steady:
-            assert received(sink) == list(range(3000)) and outcome(sink).sent.drops.total == 0
+        while more(rounds):
+            for _ in range(5):
+                feed(source, fed, 10)
+                fed += 10
+                disturb(chosen, source, others)
+            read_bytes(steady, 50 * PIECE)
+            for sink in steady:
+                assert received(sink) == list(range(fed - 50, fed))
+                sink.got.clear()
+                sink.pieces.clear()
+            rounds += 1
+        assert all(outcome(sink).sent.drops.total == 0 for sink in steady)
         for sink in others:
             sink.close()
         wait_for(lambda: omss.status(source.near).sinks == len(steady), "who was closed has left")

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts of `./run bench overload`, each a process on a processor of its own choice.
 
-    engine  [{"source": FD, "first": FD, "count": N, "class": 0..2, "ring": N}, ...]
+    user    [{"source": FD, "first": FD, "count": N, "class": 0..2, "ring": N}, ...]
+    omss    the same by the kernel module, whose workers go to processor 0
+                                       both say when they are ready, and print, when they are stopped, what each session sent
     feed    SECONDS RATE FD...         numbered, time-stamped pieces to each source; prints how many
     listen  FIRST COUNT FD             takes what comes for COUNT sinks; of FD, which is one of them, the mean latency in seconds
     burden  PERCENT                    takes so much of its processor from everybody, at real-time priority"""
@@ -17,8 +19,10 @@ import socket
 import struct
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+from hypervisor_svc import omss
 from hypervisor_svc.schedule import Schedule
 from hypervisor_svc.splice import SessionOptions, SinkOptions
 from hypervisor_svc.splice_user import UserEngine
@@ -27,16 +31,18 @@ PIECE = 1400
 STAMP = struct.Struct("=d")
 
 
-async def engine(sessions: list[dict[str, Any]]) -> None:
+async def user(sessions: list[dict[str, Any]]) -> None:
     """One session of each class; until standard input ends."""
     running = UserEngine(Schedule())
     over = asyncio.get_running_loop().create_future()
     kept: list[Any] = []
+    made = []
     for one in sessions:
         source = socket.socket(fileno=one["source"])
         options = SessionOptions(ring_entries=one["ring"])
         session = running.begin(source, options, owner=one["class"], level=one["class"], on_end=lambda _: None)
-        kept += [source, session]
+        kept.append(source)
+        made.append(session)
         for fd in range(one["first"], one["first"] + one["count"]):
             sock = socket.socket(fileno=fd)
             session.add_sink(sock, SinkOptions(), lambda *_: None)
@@ -44,6 +50,26 @@ async def engine(sessions: list[dict[str, Any]]) -> None:
     asyncio.get_running_loop().add_reader(0, lambda: None if over.done() else over.set_result(None))
     print("ready", flush=True)
     await over
+    print(json.dumps([session.status().counts.entries for session in made]), flush=True)
+
+
+def module(sessions: list[dict[str, Any]]) -> None:
+    """The same, in the kernel."""
+    for process in Path("/proc").glob("[0-9]*/comm"):
+        if process.read_text().startswith("omss/"):
+            os.sched_setaffinity(int(process.parent.name), {0})
+    sources = []
+    for one in sessions:
+        source = socket.socket(fileno=one["source"])
+        omss.set_source(source, ring=one["ring"], service_class=min(3 * one["class"] + 2, omss.CLASSES - 1))
+        for fd in range(one["first"], one["first"] + one["count"]):
+            sock = socket.socket(fileno=fd)
+            omss.add_sink(source, sock, service_class=3 * one["class"] + 1)
+            sock.detach()
+        sources.append(source)
+    print("ready", flush=True)
+    sys.stdin.read()
+    print(json.dumps([omss.status(source).sent.entries for source in sources]), flush=True)
 
 
 def feed(seconds: float, rate: float, fds: list[int]) -> None:
@@ -93,8 +119,10 @@ def burden(percent: float) -> None:
 
 def main() -> None:
     what, *rest = sys.argv[1:]
-    if what == "engine":
-        asyncio.run(engine(json.loads(rest[0])))
+    if what == "user":
+        asyncio.run(user(json.loads(rest[0])))
+    elif what == "omss":
+        module(json.loads(rest[0]))
     elif what == "feed":
         feed(float(rest[0]), float(rest[1]), [int(fd) for fd in rest[2:]])
     elif what == "listen":

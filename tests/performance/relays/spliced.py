@@ -2,10 +2,10 @@
 """Inside a VM whose clock counts instructions: what one piece for one sink costs, by the thesis's daemon, by the module with the
 payload copied for each sink (OMSS-M) and with its pages shared (OMSS), and by the `user` engine.
 
-Pieces come one at a time: what is counted is all that the processor ran (/proc/schedstat), idle time left out, by sinks; the
-median of the pieces. Datagrams leave by a network card that throws them away (a dummy device), as the thesis's left its relay: no
-receiver is in the figures. TCP needs one that answers: its sinks are on loopback, nobody reads, and the receiving half is in
-all columns.
+Pieces come one at a time: what is counted is all that the processor ran (/proc/schedstat), idle time and what this process, the
+encoder, took left out, by sinks; the median of the pieces. Datagrams leave by a network card that throws them away (a dummy
+device), as the thesis's left its relay: no receiver is in the figures. TCP needs one that answers: its sinks are on loopback,
+nobody reads, and the receiving half is in all columns.
 Outside: `measure(...)`; inside: this file as a program, with `--inside`."""
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def measure(daemon: Path, cases: list[tuple[str, str, int]], *, timeout: float) 
 
 
 def ran() -> int:
-    """Nanoseconds, which are instructions here, that tasks have run on the one processor (proc(5), schedstat)."""
+    """Nanoseconds, which are instructions here, that other tasks have run on the one processor (proc(5), schedstat)."""
     first = next(row for row in Path("/proc/schedstat").read_text().splitlines() if row.startswith("cpu0 "))
-    return int(first.split()[7])
+    return int(first.split()[7]) - time.thread_time_ns()
 
 
 @contextlib.contextmanager
