@@ -48,6 +48,7 @@ def give() -> int:
             pair.cure()
             ends = []
             for sock, backend in ((pair.server, backends[giver]), (pair.client, backends["socket_offload"])):
+                sock.setblocking(False)  # else Python waits for something to read before it peeks into the send queue
                 ends.append(backend.take(sock, None))
             print(MARK + json.dumps({"cell": [kind, giver, state, data], **packed_pair(pair), "ends": list(map(packed, ends))}))
     return 0
