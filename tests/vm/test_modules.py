@@ -168,6 +168,7 @@ def test_two_hundred_loads(series: str, tmp_path: Path) -> None:
     assert "1 passed" in run_inside(series, tmp_path / "output", script, timeout=800)
 
 
+@pytest.mark.timeout(600)
 def test_command_line(tmp_path: Path) -> None:
     """`streamlift module` builds against installed headers, loads what it built, and knows it. A module of another version, and a
     kernel that lets nobody load one (lockdown), mean tcp_repair, and it is said why. One of them: an emulated compiler is slow."""
@@ -178,7 +179,7 @@ def test_command_line(tmp_path: Path) -> None:
         mount -t securityfs none /sys/kernel/security; echo integrity > /sys/kernel/security/lockdown
         ! {command} load socket_offload; {command} status --json"""
     output = tmp_path / "output"
-    status = OtherKernel("6.12").run(["sh", "-c", f"set -e; {script}"], timeout=200, output=output)
+    status = OtherKernel("6.12").run(["sh", "-c", f"set -e; {script}"], timeout=500, output=output)
     text = output.read_text()
     assert status == 0, text
     mine, other, locked = (json.loads(line) for line in text.splitlines() if line.startswith("["))
