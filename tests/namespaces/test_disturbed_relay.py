@@ -146,6 +146,11 @@ class Crowd:
         self.others.remove(one)
         self.seen += one.taken
 
+    def all_leave(self) -> None:
+        """But the steady."""
+        while self.others:
+            self.leave(self.others[0], reset=self.chance.random() < 0.5)
+
     def read(self, seconds: float) -> None:
         """Everybody who does not stall."""
         until = time.monotonic() + seconds
@@ -169,14 +174,15 @@ def disturbed(live: Deployment, seconds: float, seed: int) -> None:
             crowd.join(steady=True)
         wait_for(lambda: relay(live)["sink_count"] == STEADY, "the steady are sinks")
         sent, end = 0, time.monotonic() + seconds
-        while time.monotonic() < end:
-            source.sendall(numbers(sent, BLOCK // WORD))
+        while time.monotonic() < end or relay(live)["sink_count"] > STEADY:
+            assert time.monotonic() < end + 30, "those that left are gone"
+            source.sendall(numbers(sent, BLOCK // WORD))  # a client that is gone is noticed when something is sent to it
             sent += BLOCK // WORD
-            crowd.disturb()
+            if time.monotonic() < end:
+                crowd.disturb()
+            else:
+                crowd.all_leave()
             crowd.read(PAUSE)
-        while crowd.others:
-            crowd.leave(crowd.others[0], reset=crowd.chance.random() < 0.5)
-        wait_for(lambda: relay(live)["sink_count"] == STEADY, "those that left are gone", patience=30)
         source.shutdown(socket.SHUT_WR)
         patience = time.monotonic() + 30
         while not all(one.over for one in crowd.steady):
