@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+from hypervisor_svc.errors import OperatorError
+
 Accelerator = Literal["kvm", "tcg"]
 Choice = Literal["auto", "kvm", "tcg"]
 
@@ -21,7 +23,11 @@ _EXPECTED_STATUS = (_EXIT_VALUE << 1) | 1
 
 
 def choose(choice: Choice = "auto", *, cache: Path | None = None) -> Accelerator:
-    """The accelerator to use; "auto" is tried once per boot of this machine and remembered in `cache`."""
+    """The accelerator to use; "auto" is tried once per boot of this machine and remembered in `cache`.
+
+    Raises OperatorError: KVM is asked for and does not work."""
+    if choice == "kvm" and (obstacle := kvm_obstacle()):
+        raise OperatorError(f"KVM does not work here: {obstacle}", "emulation is slower and works: --accelerator tcg")
     if choice != "auto":
         return choice
     directory = cache or Path(os.environ.get("STREAMLIFT_CACHE") or "/var/cache/streamlift")
@@ -36,16 +42,20 @@ def choose(choice: Choice = "auto", *, cache: Path | None = None) -> Accelerator
                 return "kvm"
             case [known_boot, "tcg"] if known_boot == boot:
                 return "tcg"
-        found: Accelerator = "kvm" if kvm_works() else "tcg"
+        found: Accelerator = "tcg" if kvm_obstacle() else "kvm"
         file.seek(0)
         file.truncate()
         file.write(f"{boot} {found}\n")
     return found
 
 
-def kvm_works() -> bool:
-    """Does a machine run under KVM? The processor's flag first, then the proof."""
-    return _processor_can_virtualise() and Path("/dev/kvm").exists() and runs_with("kvm")
+def kvm_obstacle() -> str:
+    """Why no machine runs under KVM; empty: one does. The processor's flag first, then the proof."""
+    if not _processor_can_virtualise():
+        return "the processor shows neither vmx nor svm (switched off in the firmware, or a VM without nesting)"
+    if not Path("/dev/kvm").exists():
+        return "there is no /dev/kvm (modprobe kvm_intel or kvm_amd)"
+    return "" if runs_with("kvm") else "a trial machine did not run"
 
 
 def runs_with(accelerator: Accelerator, *, seconds: float = TRIAL_SECONDS) -> bool:

@@ -5,7 +5,9 @@
 VMs that it makes.
 """
 
+import contextlib
 import ipaddress
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,20 +15,20 @@ from pathlib import Path
 
 import libvirt
 
+from hypervisor_svc.errors import OperatorError
+
 CHANNEL_NAME = "org.streamlift.offload.0"
 SHARE_TAG = "streamlift"
 NAMESPACE = "https://streamlift.org/xmlns/1"
 PREFIX = "streamlift"
+SHUTDOWN_LIMIT = 120.0
+"""Seconds for a VM to shut down."""
 
 ET.register_namespace(PREFIX, NAMESPACE)
 
 
-class MachineError(Exception):
-    """A VM cannot be changed as asked; `hint` tells people what to do about it."""
-
-    def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+class MachineError(OperatorError):
+    """A VM cannot be changed as asked."""
 
 
 @dataclass(frozen=True)
@@ -35,40 +37,45 @@ class Change:
 
     parts: tuple[str, ...]
     restart_needed: bool
+    share: Path | None = None
 
     @property
     def message(self) -> str:
         """One line for people."""
-        if not self.parts:
-            return "nothing to do"
         ending = "; restart the VM (shut it down and start it again) to complete it" if self.restart_needed else ""
-        return f"changed: {', '.join(self.parts)}{ending}"
+        return (f"changed: {', '.join(self.parts)}" if self.parts else "nothing to change") + ending
 
 
 def attach(
-    connection: libvirt.virConnect, name: str, *, share_directory: Path, addresses: Sequence[str], read_only: bool = True
+    connection: libvirt.virConnect,
+    name: str,
+    *,
+    share_directory: Path | None = None,
+    addresses: Sequence[str] = (),
+    read_only: bool = True,
 ) -> Change:
-    """Give a VM the channel, the share and its addresses. Doing it twice changes nothing the second time.
+    """Give a VM the channel, the share and its addresses. Doing it twice changes nothing the second time; what is not given
+    stays as it is.
 
     The channel reaches a running VM at once; the share needs a restart, for QEMU cannot plug 9p.
     """
-    share = share_directory.resolve()
+    domain = find_domain(connection, name)
+    share = (share_directory or _share_path(_definition(domain)) or Path()).resolve()
+    if not share_directory and _share_path(_definition(domain)) is None:
+        raise MachineError(f"{name!r} has no share yet", hint="name the folder with the media files: --share FOLDER")
     if not share.is_dir():
         raise MachineError(f"{share} is not a folder", hint="create it, or name the folder with the media files")
-    domain = find_domain(connection, name)
     parts: list[str] = []
-    restart = False
     if _channel(_definition(domain)) is None:
-        restart |= not _add_channel(domain)
+        _add_channel(domain)
         parts.append("channel")
     if _share_path(_definition(domain)) != share:
         _put_share(connection, domain, share=share, read_only=read_only)
-        restart |= bool(domain.isActive())
         parts.append("share")
-    if addresses_of(_definition(domain)) != canonical(addresses):
+    if addresses and addresses_of(_definition(domain)) != canonical(addresses):
         _set_addresses(domain, canonical(addresses))
         parts.append("addresses")
-    return Change(tuple(parts), restart)
+    return Change(tuple(parts), _is_incomplete(domain), share)
 
 
 def detach(connection: libvirt.virConnect, name: str) -> Change:
@@ -88,6 +95,23 @@ def detach(connection: libvirt.virConnect, name: str) -> Change:
         _set_addresses(domain, ())
         parts.append("addresses")
     return Change(tuple(parts), restart)
+
+
+def complete(connection: libvirt.virConnect, name: str) -> None:
+    """What a running VM lacks of what `attach` gave it, it gets by a fresh start: shut it down as its power button does, wait,
+    and start it again. One that has all runs on; one that is off is started."""
+    domain = find_domain(connection, name)
+    if domain.isActive():
+        if not _is_incomplete(domain):
+            return
+        domain.shutdown()
+        deadline = time.monotonic() + SHUTDOWN_LIMIT
+        while domain.isActive():
+            if time.monotonic() > deadline:
+                hint = f"switch it off from inside (poweroff), then: virsh start {name}"
+                raise MachineError(f"{name!r} does not hear its power button: not off after {SHUTDOWN_LIMIT:g} s", hint)
+            time.sleep(0.2)
+    domain.create()
 
 
 def find_domain(connection: libvirt.virConnect, name: str) -> libvirt.virDomain:
@@ -186,18 +210,22 @@ def _share_path(definition: ET.Element) -> Path | None:
     return None
 
 
-def _add_channel(domain: libvirt.virDomain) -> bool:
-    """Add the channel to the configuration and, if it runs, to the VM; False if that has to wait for a restart."""
+def _is_incomplete(domain: libvirt.virDomain) -> bool:
+    """Whether it runs without something that its configuration has."""
+    if not domain.isActive():
+        return False
+    live, wanted = ET.fromstring(domain.XMLDesc()), _definition(domain)
+    return _channel(live) is None or _share_path(live) != _share_path(wanted)
+
+
+def _add_channel(domain: libvirt.virDomain) -> None:
+    """Add the channel to the configuration and, if it runs, to the VM."""
     text = ET.tostring(channel_element(), encoding="unicode")
     domain.attachDeviceFlags(text, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
-    if not domain.isActive():
-        return True
-    try:
-        domain.attachDeviceFlags(text, libvirt.VIR_DOMAIN_AFFECT_LIVE)
-    except libvirt.libvirtError:
+    if domain.isActive():
         # No virtio-serial controller or no free port in the running machine: the configuration has both.
-        return False
-    return True
+        with contextlib.suppress(libvirt.libvirtError):
+            domain.attachDeviceFlags(text, libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
 
 def _remove_channel(domain: libvirt.virDomain, channel: ET.Element) -> bool:

@@ -50,6 +50,11 @@ class Channel:
         self.violations = 0
         self._was_stalled = False
 
+    @property
+    def frames_per_second(self) -> int:
+        """What came in the second that runs."""
+        return self._frames if self._loop.time() - self._second < 1.0 else 0
+
     def start(self) -> None:
         """Connect, and connect again whenever the channel is lost."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

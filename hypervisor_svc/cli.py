@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,11 +14,33 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hypervisor_svc import __version__, control, tables
-from hypervisor_svc.config import Config, ConfigError, document, load
+from hypervisor_svc.advice import INSTALL
+from hypervisor_svc.config import Config, document, load
+from hypervisor_svc.errors import OperatorError, as_typed
+from vm_images.command import BuildError
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+class _Commands(TyperGroup):
+    """Whatever goes wrong that people can mend is said in one place: the cause, and the next command."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was typed."""
+        try:
+            return super().invoke(ctx)
+        except (OperatorError, BuildError) as error:
+            raise fail(str(error), error.hint) from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise fail(str(error), f"make room: df -h {error.filename or '/'}") from None
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 image_app = typer.Typer(no_args_is_help=True, help="Guest images.")
 app.add_typer(image_app, name="image")
 module_app = typer.Typer(no_args_is_help=True, help="The kernel module that keeps connections warm.")
@@ -39,39 +62,35 @@ def fail(message: str, hint: str = "", *, code: int = 1) -> typer.Exit:
     return typer.Exit(code)
 
 
+def examples(*lines: str) -> str:
+    """The last part of a command's help: what it looks like when it is typed."""
+    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
+
+
 def _config() -> Config:
-    try:
-        return load(_State.config_path)
-    except ConfigError as error:
-        raise fail(str(error)) from None
+    return load(_State.config_path)
 
 
 def _ask(command: str, **arguments: Any) -> dict[str, Any]:
-    try:
-        return control.call(os.path.join(_config().service.runtime_dir, "control.sock"), command, **arguments)
-    except control.ControlError as error:
-        raise fail(str(error), error.hint) from None
+    return control.call(_config().control_socket, command, **arguments)
 
 
 @contextlib.contextmanager
 def _libvirt() -> Iterator[Any]:
     import libvirt
 
-    from hypervisor_svc.attach import MachineError
-    from vm_images.command import BuildError
+    from hypervisor_svc.domains import open_connection
+    from hypervisor_svc.preflight import libvirt_hint
 
-    libvirt.registerErrorHandler(lambda *_: None, None)
     uri = _config().libvirt.uri
     try:
-        connection = libvirt.open(uri)
+        connection = open_connection(uri)
     except libvirt.libvirtError as error:
-        raise fail(f"libvirt at {uri}: {error}", "is libvirtd running? systemctl start libvirtd") from None
+        raise fail(f"libvirt at {uri} does not answer: {error}", libvirt_hint()) from None
     try:
         yield connection
-    except MachineError as error:
-        raise fail(str(error), error.hint) from None
-    except (BuildError, OSError, libvirt.libvirtError) as error:
-        raise fail(str(error)) from None
+    except libvirt.libvirtError as error:
+        raise fail(str(error), "libvirt's own log says more: journalctl -u libvirtd") from None
     finally:
         connection.close()
 
@@ -93,17 +112,44 @@ def _options(
     _State.config_path = config
 
 
-@app.command()
+@app.command(epilog=examples("streamlift serve", "streamlift --config /etc/streamlift/other.toml serve"))
 def serve() -> None:
     """Run the service in the foreground (systemd runs this)."""
-    from hypervisor_svc import service
+    from hypervisor_svc import preflight, service
 
-    if os.geteuid() != 0:
-        raise fail("the service moves sockets and needs root", "run it with sudo, or through systemd")
-    raise typer.Exit(service.run(_config()))
+    config = _config()
+    preflight.require(config)
+    firewall = preflight.firewall(config)
+    if firewall.hint:
+        fail(firewall.message, firewall.hint)  # said, and not the end: the operator may know better
+    raise typer.Exit(service.run(config))
 
 
-@app.command()
+@app.command(epilog=examples("sudo streamlift check", "streamlift check --json | jq '.[].hint'"))
+def check(as_json: AsJson = False) -> None:
+    """Look at what the service needs of this machine, and say the next command for what is missing. Exit status 1: it is."""
+    from hypervisor_svc import preflight
+
+    found = list(preflight.examine(_config()))
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2))
+    else:
+        tables.show_findings(found)
+    raise typer.Exit(any(finding.hint for finding in found))
+
+
+@app.command(epilog=examples("streamlift top", "streamlift top --interval 0.5", "streamlift top --times 1 > snapshot.txt"))
+def top(
+    interval: Annotated[float, typer.Option(help="Seconds between two pictures, 0.2 at least.")] = 1.0,
+    times: Annotated[int | None, typer.Option(help="End after so many pictures; else at q or Ctrl-C.", min=1)] = None,
+) -> None:
+    """The status and the busiest connections, drawn again while they change; q or Ctrl-C ends it."""
+    from hypervisor_svc import top
+
+    top.run(_ask, interval=interval, times=times)
+
+
+@app.command(epilog=examples("streamlift status", "streamlift status --json | jq .totals"))
 def status(as_json: AsJson = False) -> None:
     """Service, VMs and what became of their connections."""
     result = _ask("status")
@@ -113,7 +159,7 @@ def status(as_json: AsJson = False) -> None:
         tables.show_status(result)
 
 
-@app.command()
+@app.command(epilog=examples("streamlift connections", "streamlift connections --json | jq length"))
 def connections(as_json: AsJson = False) -> None:
     """Connections that the host has now."""
     rows = _ask("connections")["connections"]
@@ -123,7 +169,7 @@ def connections(as_json: AsJson = False) -> None:
         tables.show_connections(rows)
 
 
-@app.command()
+@app.command(epilog=examples("streamlift relays --watch", 'streamlift relays --json | jq ".[].sink_count"'))
 def relays(
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show them anew every second, until Ctrl-C.")] = False,
@@ -143,7 +189,10 @@ def relays(
             return
 
 
-@app.command("hand-back")
+@app.command("hand-back", epilog=examples(
+        "streamlift hand-back --all tv1",
+        "streamlift hand-back tv1 0123456789abcdef0123456789abcdef",
+))
 def hand_back(
     domain: Annotated[str, typer.Argument(help="Name of the VM.")],
     token: Annotated[str | None, typer.Argument(help="One transfer (see `connections`).")] = None,
@@ -156,7 +205,13 @@ def hand_back(
     typer.echo(f"{result['handed_back']} connections are on their way home")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "streamlift deploy tv1 --share /srv/media",
+        "streamlift deploy tv2 --share /srv/media --bridge br0 --address 192.0.2.7/24 --gateway 192.0.2.1",
+        "streamlift deploy radio --share /srv/media --live-password SECRET",
+    )
+)
 def deploy(
     name: Annotated[str, typer.Argument(help="Name of the new VM.")],
     share: ShareFolder,
@@ -170,11 +225,13 @@ def deploy(
     accelerator: Annotated[str, typer.Option(help="auto, kvm or tcg; auto tries whether KVM works.")] = "auto",
     mode: Annotated[str | None, typer.Option(help="routed or bridged; with --bridge: bridged.")] = None,
     bridge: Annotated[str | None, typer.Option(help="Join this bridge of the host, which has an address on it.")] = None,
+    package: Annotated[list[str] | None, typer.Option(help="A Debian package more in the image; may be repeated.")] = None,
     live_password: Annotated[
         str | None, typer.Option(help="Start the image's live server on port 8000, for encoders that know this word.")
     ] = None,
 ) -> None:
     """Build the image if needed, make a streaming VM and start it: on a network of its own, or on a bridge of the host."""
+    from hypervisor_svc.accelerator import choose, kvm_obstacle
     from hypervisor_svc.deploy import BRIDGE, Deployment
     from hypervisor_svc.deploy import deploy as make
     from vm_images.build import build
@@ -186,7 +243,8 @@ def deploy(
     if mode == "bridged" and not (bridge and (address or address6)):
         raise fail("a bridged VM needs a bridge and an address", "for example --bridge br0 --address 192.0.2.7/24", code=2)
     with _libvirt() as connection:
-        image = build(kernel, progress=lambda line: typer.echo(line, err=True))
+        chosen = choose(accelerator)  # type: ignore[arg-type]
+        image = build(kernel, also=tuple(package or ()), progress=lambda line: typer.echo(line, err=True))
         wanted = Deployment(
             name=name,
             image=image,
@@ -197,13 +255,15 @@ def deploy(
             gateway6=gateway6,
             memory_mib=memory,
             vcpus=vcpus,
-            accelerator=accelerator,  # type: ignore[arg-type]
+            accelerator=chosen,
             mode=mode,  # type: ignore[arg-type]
             bridge=bridge or BRIDGE,
             live_password=live_password,
         )
         made = make(connection, wanted)
     typer.echo(f"{made.name} runs ({made.accelerator}) at {', '.join(made.addresses)}; console: {made.console_log}")
+    if (accelerator, chosen) == ("auto", "tcg"):
+        typer.echo(f"  it is emulated, and slow: {kvm_obstacle()}")
 
 
 def _address(given: str | None, routed: str | None, mode: str) -> str | None:
@@ -211,7 +271,7 @@ def _address(given: str | None, routed: str | None, mode: str) -> str | None:
     return (given or None) if given is not None or mode == "bridged" else routed
 
 
-@app.command()
+@app.command(epilog=examples("streamlift undeploy tv1"))
 def undeploy(name: Annotated[str, typer.Argument(help="A VM that `deploy` made.")]) -> None:
     """Stop and remove a VM and all that `deploy` made for it."""
     from hypervisor_svc.deploy import undeploy as remove
@@ -221,53 +281,103 @@ def undeploy(name: Annotated[str, typer.Argument(help="A VM that `deploy` made."
     typer.echo(f"{name} is gone")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "streamlift attach myvm --share /srv/media --address 192.168.122.50 --restart",
+        "streamlift attach myvm --address 192.168.122.51",
+    )
+)
 def attach(
     domain: Annotated[str, typer.Argument(help="A VM that libvirt knows.")],
-    share: ShareFolder,
-    address: Annotated[list[str], typer.Option(help="An address of the VM; may be repeated.")],
+    share: Annotated[Path | None, typer.Option(help="Host folder that the VM and the service serve from.")] = None,
+    address: Annotated[
+        list[str] | None, typer.Option(help="An address of the VM; may be repeated. Default: its leases of libvirt's DHCP.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Shut the VM down and start it again, if it needs that.")] = False,
+    agent: Annotated[bool, typer.Option(help="Put the agent on the share, for the VM to install.")] = True,
 ) -> None:
-    """Give an existing VM the channel and the share."""
+    """Give an existing VM the channel and the share, and put the agent there. What is not given stays as it is."""
+    from hypervisor_svc import agent_package
     from hypervisor_svc.attach import attach as change
+    from hypervisor_svc.attach import complete
 
     with _libvirt() as connection:
-        made = change(connection, domain, share_directory=share.resolve(), addresses=address)
+        made = change(connection, domain, share_directory=share, addresses=address or ())
+        if agent and made.share:
+            agent_package.write(made.share / agent_package.NAME)
+        if restart:
+            complete(connection, domain)
+            made = dataclasses.replace(made, restart_needed=False)
     typer.echo(made.message)
+    if agent:
+        typer.echo("next, in the VM, as root:")
+        typer.echo("  mount --mkdir -t 9p -o trans=virtio streamlift /srv/share")
+        typer.echo(f"  {INSTALL}")
 
 
-@app.command("config")
+@app.command(epilog=examples("streamlift detach myvm"))
+def detach(domain: Annotated[str, typer.Argument(help="A VM that `attach` changed.")]) -> None:
+    """Take away what `attach` gave: channel, share and addresses."""
+    from hypervisor_svc.attach import detach as change
+
+    with _libvirt() as connection:
+        typer.echo(change(connection, domain).message)
+
+
+@app.command(
+    epilog=examples("streamlift bench --domain myvm --path film.mp4", "streamlift bench --domain tv1 --path a.bin --json out.json")
+)
+def bench(
+    domain: Annotated[str, typer.Option(help="The VM.")],
+    path: Annotated[str, typer.Option(help="What is fetched from the VM's server: the path of a URL.")],
+    port: Annotated[int, typer.Option(help="Of the VM's server.")] = 80,
+    address: Annotated[str | None, typer.Option(help="Of the VM; default: its first.")] = None,
+    requests: Annotated[int, typer.Option(help="Of each block.", min=1)] = 10,
+    blocks: Annotated[int, typer.Option(help="Of each side, in turns.", min=1)] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write what was measured.", metavar="FILE")] = None,
+) -> None:
+    """What the offload is worth: fetch a file through a VM's own server, with it and without it, in turns. While it measures
+    without, the VM's other clients are served by the VM too. Nothing in the VM is changed."""
+    from hypervisor_svc import benchmark
+
+    found = benchmark.run(_ask, domain, path=path, port=port, address=address, requests=requests, blocks=blocks)
+    if json_file:
+        benchmark.write(found, json_file)
+    benchmark.show(found)
+
+
+@app.command("config", epilog=examples("streamlift config > /etc/streamlift/streamlift.toml"))
 def show_config() -> None:
     """Print a configuration file with every key, its meaning and its default."""
     typer.echo(document(), nl=False)
 
 
-@image_app.command("build")
+@app.command(epilog=examples("streamlift man --out /usr/local/share/man/man1", "streamlift man --out . && man -l ./streamlift.1"))
+def man(out: Annotated[Path, typer.Option(help="Folder to write them to.")]) -> None:
+    """Write the manual pages: streamlift(1), streamlift-agent(1), streamlift.toml(5)."""
+    from hypervisor_svc import manual
+
+    typer.echo("\n".join(map(str, manual.write(app, out))))
+
+
+@image_app.command("build", epilog=examples("streamlift image build --kernel 6.12"))
 def image_build(
-    kernel: Annotated[str, typer.Option(help="Kernel series: 6.1 or 6.12.")] = "6.1", as_json: AsJson = False
+    kernel: Annotated[str, typer.Option(help="Kernel series: 6.1 or 6.12.")] = "6.1",
+    package: Annotated[list[str] | None, typer.Option(help="A Debian package more in it; may be repeated.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Build the guest image (kept in the cache, keyed by its content)."""
     from vm_images.build import build
-    from vm_images.command import BuildError
 
-    try:
-        image = build(kernel, progress=lambda line: typer.echo(line, err=True))
-    except (BuildError, OSError) as error:
-        raise fail(str(error)) from None
+    image = build(kernel, also=tuple(package or ()), progress=lambda line: typer.echo(line, err=True))
     facts = {"root": str(image.root), "kernel": str(image.kernel), "initrd": str(image.initrd), "version": image.version}
     typer.echo(json.dumps(facts) if as_json else "\n".join(f"{key:8}{value}" for key, value in facts.items()))
 
 
-@contextlib.contextmanager
-def _module_errors() -> Iterator[None]:
-    from hypervisor_svc.module import ModuleError
-
-    try:
-        yield
-    except ModuleError as error:
-        raise fail(str(error), error.hint) from None
-
-
-@module_app.command("build")
+@module_app.command("build", epilog=examples(
+        "streamlift module build",
+        "streamlift module build omss --headers /usr/src/linux-headers-6.1.0-44-amd64",
+))
 def module_build(
     names: Annotated[list[str] | None, typer.Argument(help="Which; default: all.", metavar="[NAME]...")] = None,
     headers: Annotated[Path | None, typer.Option(help="Kernel headers; default: those of the running kernel.")] = None,
@@ -275,24 +385,22 @@ def module_build(
     """Build the modules for the running kernel and install them."""
     from hypervisor_svc import module
 
-    with _module_errors():
-        made = module.build(headers, names or module.NAMES)
-        typer.echo(f"built {', '.join(map(str, made))}; next: streamlift module load")
+    made = module.build(headers, names or module.NAMES)
+    typer.echo(f"built {', '.join(map(str, made))}; next: {as_typed('module load')}")
 
 
-@module_app.command("load")
+@module_app.command("load", epilog=examples("streamlift module load", "streamlift module load socket_offload"))
 def module_load(
     names: Annotated[list[str] | None, typer.Argument(help="Which; default: all.", metavar="[NAME]...")] = None,
 ) -> None:
     """Load the modules; a service that starts after this uses them."""
     from hypervisor_svc import module
 
-    with _module_errors():
-        module.load(names or module.NAMES)
-        typer.echo("\n".join(f"{facts['module']}: {facts['why']}" for facts in module.status()))
+    module.load(names or module.NAMES)
+    typer.echo("\n".join(f"{facts['module']}: {facts['why']}" for facts in module.status()))
 
 
-@module_app.command("status")
+@module_app.command("status", epilog=examples("streamlift module status"))
 def module_status(as_json: AsJson = False) -> None:
     """Are the modules built and loaded, which backend and which relay engine would be used, and why?"""
     from hypervisor_svc import module

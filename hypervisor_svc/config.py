@@ -15,10 +15,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
+from hypervisor_svc.errors import OperatorError, as_typed
+
 DEFAULT_PATH = "/etc/streamlift/streamlift.toml"
 
 
-class ConfigError(Exception):
+_EXAMPLE = f"every key, its meaning and its default: {as_typed('config')}"
+
+
+class ConfigError(OperatorError):
     """The file cannot be used; the text says where and why."""
 
 
@@ -125,6 +130,11 @@ class Config(_Section):
     libvirt: Libvirt = Field(default_factory=Libvirt)
     vm: tuple[StaticVm, ...] = ()
 
+    @property
+    def control_socket(self) -> str:
+        """Where operators ask the service."""
+        return os.path.join(self.service.runtime_dir, "control.sock")
+
 
 def load(path: str | None) -> Config:
     """Read the file. Without `path` the default one, which may be missing. Raises ConfigError."""
@@ -135,7 +145,7 @@ def load(path: str | None) -> Config:
         with open(chosen, encoding="utf-8") as file:
             return parse(file.read(), chosen)
     except OSError as error:
-        raise ConfigError(f"{chosen}: {error.strerror}") from None
+        raise ConfigError(f"{chosen}: {error.strerror}", _EXAMPLE) from None
 
 
 def parse(text: str, name: str = "<text>") -> Config:
@@ -143,9 +153,9 @@ def parse(text: str, name: str = "<text>") -> Config:
     try:
         return Config.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{name}: {error}") from None
+        raise ConfigError(f"{name}: {error}", _EXAMPLE) from None
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(text, name, detail) for detail in error.errors())) from None
+        raise ConfigError("\n".join(_explain(text, name, detail) for detail in error.errors()), _EXAMPLE) from None
 
 
 def _explain(text: str, name: str, detail: ErrorDetails) -> str:
@@ -195,12 +205,18 @@ def document() -> str:
     return "\n".join(_document_lines()) + "\n"
 
 
-def _document_lines() -> Iterator[str]:
+def documented() -> Iterator[tuple[str, type[BaseModel]]]:
+    """Each table of the file: its header, and the model of its keys."""
     for name, section in Config.model_fields.items():
         if name == "vm":
-            yield from _section_lines("[[vm]]", StaticVm, comment=True)
+            yield "[[vm]]", StaticVm
         elif isinstance(section.annotation, type):
-            yield from _section_lines(f"[{name}]", section.annotation, comment=False)
+            yield f"[{name}]", section.annotation
+
+
+def _document_lines() -> Iterator[str]:
+    for header, model in documented():
+        yield from _section_lines(header, model, comment=model is StaticVm)
 
 
 def _section_lines(header: str, model: type[BaseModel], *, comment: bool) -> Iterator[str]:
@@ -210,15 +226,16 @@ def _section_lines(header: str, model: type[BaseModel], *, comment: bool) -> Ite
         yield f"# {field.description}"
         default = field.get_default(call_default_factory=True)
         required = field.is_required() or default is None
-        yield f"# {name} = ..." if required or comment else f"{name} = {_toml(default)}"
+        yield f"# {name} = ..." if required or comment else f"{name} = {as_toml(default)}"
     yield ""
 
 
-def _toml(value: Any) -> str:
+def as_toml(value: Any) -> str:
+    """A value as the file has it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
         return str(list(value))
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key} = {as_toml(item)}" for key, item in value.items()) + "}"
     return f'"{value}"' if isinstance(value, str) else str(value)

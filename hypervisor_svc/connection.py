@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, repr=False)
 class Guest:
-    """A VM with a channel: what it is, what it has out, what was counted. Bytes and numbers since the service's start."""
+    """A VM with a channel: what it is, what it has out, what was counted (`refused`, `lost`: by reason). Bytes and
+    numbers since the service's start."""
 
     machine: Machine
     channel: Channel | None = None
@@ -39,10 +40,13 @@ class Guest:
     relays: dict[str, Relay] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
     bytes_sent: int = 0
     bytes_per_second: float = 0.0
     _measured: tuple[float, int] = (0.0, 0)
     draining: bool = False
+    paused_until: float = 0.0
+    """time.monotonic(); until then nothing more goes out, for a measurement."""
 
     @property
     def backend(self) -> str:

@@ -132,6 +132,10 @@ class Conntrack:
         (result,) = self._netlink.transact(encode_delete(client, server, sequence), sequence)
         return netlink.check(result, "conntrack delete")
 
+    def probe(self) -> None:
+        """Ask, to see whether the kernel answers. Raises OSError."""
+        self._marked(socket.AF_INET)
+
     def flush_marked(self) -> int:
         """Delete every entry that carries our mark; returns how many."""
         count = 0

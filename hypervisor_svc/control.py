@@ -15,20 +15,17 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hypervisor_svc.errors import OperatorError, as_root, as_typed
+
 log = logging.getLogger("streamlift.control")
 
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
 MAX_LINE = 1 << 16
 CALL_TIMEOUT = 30.0
-STARTING = "start it: systemctl start streamlift, or without systemd: streamlift serve"
 
 
-class ControlError(Exception):
-    """The service could not be asked, or said no; `hint` tells what to do."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+class ControlError(OperatorError):
+    """The service could not be asked, or said no. A handler raises it to say no with a hint."""
 
 
 class ControlServer:
@@ -87,6 +84,8 @@ def _run(handler: Handler, request: dict[str, Any]) -> dict[str, Any]:
         return {"ok": True, "result": handler(request)}
     except KeyError as error:
         return _refusal(f"the request has no {error.args[0]!r}")
+    except OperatorError as error:
+        return _refusal(str(error), error.hint)
     except (ValueError, TypeError) as error:
         return _refusal(str(error))
     except Exception:
@@ -105,9 +104,10 @@ def call(path: str, command: str, **arguments: Any) -> dict[str, Any]:
             with connection.makefile("rb") as lines:
                 reply: dict[str, Any] = json.loads(lines.readline() or b"{}")
     except (FileNotFoundError, ConnectionError):
-        raise ControlError(f"the service does not answer at {path}", STARTING) from None
+        hint = f"start it: systemctl start streamlift, or without systemd: sudo {as_typed('serve')}"
+        raise ControlError(f"the service does not answer at {path}", hint) from None
     except PermissionError:
-        raise ControlError(f"you may not open {path}", "run the command as root") from None
+        raise ControlError(f"you may not open {path}", as_root()) from None
     except (OSError, ValueError) as error:
         raise ControlError(f"the service at {path}: {error}") from None
     if not reply.get("ok"):

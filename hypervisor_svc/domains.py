@@ -57,6 +57,7 @@ class Domains:
         self.uri = uri
         self.connected = False
         self.machines: dict[str, Machine] = {}
+        self.without_channel: tuple[str, ...] = ()
         self._on_up = on_up
         self._on_down = on_down
         self._connection: libvirt.virConnect | None = None
@@ -121,10 +122,14 @@ class Domains:
         if self._connection is None:
             self._connection = self._connect()
         found: dict[str, Machine] = {}
+        others = []
         for domain in self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
             machine = _machine_if_running(self._connection, domain)
             if machine is not None:
                 found[machine.uuid] = machine
+            else:
+                others.append(domain.name())
+        self.without_channel = tuple(sorted(others))
         return found
 
     def _connect(self) -> libvirt.virConnect:

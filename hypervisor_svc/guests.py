@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import struct
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -275,6 +276,8 @@ class Guests:
             raise GuestError(Reason.DUPLICATE, f"the host has this connection already: {flow.client}")
         if guest.draining:
             raise HostError(Reason.DRAINING, "the VM is being drained")
+        if time.monotonic() < guest.paused_until:
+            raise HostError(Reason.OPERATOR, "the operator measures without the offload")
         if len(guest.connections) >= self._limits.max_connections:
             raise HostError(Reason.TABLE_FULL, f"{self._limits.max_connections} connections of this VM are out")
         if queued > self._limits.max_queue_bytes:
@@ -493,14 +496,15 @@ class Guests:
         if connection.state is Host.RETURNING:
             log.warning("%s: %s was never taken back", connection.guest.machine.name, connection.token)
             connection.guest.refused[Reason.TIMED_OUT.value] += 1
+            connection.reason = Reason.TIMED_OUT
             self._end(connection)
 
     def _client_gone(self, connection: Connection, number: int) -> None:
         """The connection is dead (reset, timed out), or beyond our help: then the kernel closes it as for a dead process."""
         self._recall(connection)
+        connection.reason = Reason.PEER_GONE
         self._close(connection)
         connection.guest.counters["failed"] += 1
-        connection.reason = Reason.PEER_GONE
         self._tell_failed(connection, number)
 
     def _lagged(self, connection: Connection) -> None:
@@ -528,6 +532,7 @@ class Guests:
 
     def _close(self, connection: Connection) -> None:
         """As the kernel does for a process that dies; the redirect goes when the last packet has passed."""
+        connection.guest.lost[(connection.reason or Reason.APPLICATION_GONE).value] += 1
         self._stop(connection)
         self._forget(connection)
         with contextlib.suppress(OSError, HandoffError):

@@ -14,6 +14,7 @@ from typing import Any
 from guest_agent.handoff.backend import explain
 from guest_agent.handoff.socket_offload import Device
 from hypervisor_svc import omss
+from hypervisor_svc.errors import OperatorError, as_root, as_typed
 from vm_images.command import BuildError, run
 from vm_images.module import copy_sources
 
@@ -21,12 +22,8 @@ NAMES = ("socket_offload", "omss")
 SOURCES = Path(__file__).resolve().parents[1] / "host_module"
 
 
-class ModuleError(Exception):
-    """A step failed; `hint` is the next command to type."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+class ModuleError(OperatorError):
+    """A step failed."""
 
 
 def built(name: str, release: str | None = None) -> Path:
@@ -38,13 +35,22 @@ def build(headers: Path | None = None, names: Sequence[str] = NAMES) -> list[Pat
     """Build modules against `headers` (default: those of the running kernel), install them and run depmod. Raises ModuleError."""
     _check(names)
     headers = headers or Path("/lib/modules") / platform.release() / "build"
-    if not (headers / "Makefile").exists():
-        raise ModuleError(f"no kernel headers at {headers}", f"apt-get install linux-headers-{platform.release()}")
+    _check_headers(headers)
     if not SOURCES.exists():
-        raise ModuleError(f"the modules' sources are not here ({SOURCES})", "run ./run streamlift module build in a checkout")
+        raise ModuleError(f"the modules' sources are not here ({SOURCES})", "in a checkout: sudo ./run streamlift module build")
     made = [_build(name, headers) for name in names]
     _run("depmod")
     return made
+
+
+def _check_headers(headers: Path) -> None:
+    """They must be there, and be those of the kernel that is to load what is built."""
+    hint = f"sudo apt-get install linux-headers-{platform.release()}"
+    if not (headers / "Makefile").exists():
+        raise ModuleError(f"no kernel headers at {headers}", hint)
+    release = headers / "include" / "config" / "kernel.release"
+    if release.exists() and (found := release.read_text().strip()) != platform.release():
+        raise ModuleError(f"the headers at {headers} are those of Linux {found}; {platform.release()} runs here", hint)
 
 
 def _build(name: str, headers: Path) -> Path:
@@ -65,8 +71,28 @@ def load(names: Sequence[str] = NAMES) -> None:
         try:
             _run("modprobe", name)
         except ModuleError as error:
-            hint = "it has to be signed where Secure Boot is on" if built(name).exists() else "streamlift module build"
-            raise ModuleError(str(error), hint) from None
+            raise ModuleError(*_refused(name, str(error))) from None
+
+
+_REFUSALS = {
+    "not found in directory": ("is not built for Linux {release}", "sudo {build}"),
+    "Exec format error": ("was not built for Linux {release}", "sudo {build}"),
+    "Invalid argument": ("was not built for Linux {release}", "sudo {build}"),
+    "Unknown symbol": ("was not built for Linux {release}", "sudo {build}"),
+    "Key was rejected": ("is refused: Secure Boot wants its signature", "enroll a key: mokutil --import /var/lib/dkms/mok.pub"),
+    "Required key not available": ("is refused: no key signed it", "enroll a key: mokutil --import /var/lib/dkms/mok.pub"),
+    "Operation not permitted": ("is refused: a container, or the kernel is locked down", "cat /sys/kernel/security/lockdown"),
+    "Function not implemented": ("is refused: this kernel takes no modules", "it works without: {status}"),
+}
+"""What modprobe(8) says, and what it means for a module: the cause, and the next command."""
+
+
+def _refused(name: str, words: str) -> tuple[str, str]:
+    known = {"release": platform.release(), "build": as_typed("module build"), "status": as_typed("module status")}
+    for said, (cause, hint) in _REFUSALS.items():
+        if said in words:
+            return f"{name} {cause.format(**known)}", hint.format(**known)
+    return f"{name} is refused: {words}", "dmesg | tail says why"
 
 
 def _check(names: Sequence[str]) -> None:
@@ -106,7 +132,7 @@ def _facts(name: str) -> dict[str, Any]:
 
 def _run(*command: str) -> None:
     if os.geteuid() != 0:
-        raise ModuleError("kernel modules need root", "run it with sudo")
+        raise ModuleError("kernel modules need root", as_root())
     try:
         run(command)
     except BuildError as error:

@@ -25,8 +25,9 @@ from hypervisor_svc import __version__
 from hypervisor_svc.bridge import BridgedRedirect
 from hypervisor_svc.config import Config
 from hypervisor_svc.connection import Connection, Guest
-from hypervisor_svc.control import ControlServer
+from hypervisor_svc.control import ControlError, ControlServer
 from hypervisor_svc.domains import Domains, Machine
+from hypervisor_svc.errors import as_typed
 from hypervisor_svc.guests import Guests, Limits
 from hypervisor_svc.inject import Injector
 from hypervisor_svc.redirect import NatRedirect, Redirect
@@ -36,6 +37,7 @@ from hypervisor_svc.transparent import TransparentRedirect
 log = logging.getLogger("streamlift.service")
 
 DRAIN_LIMIT = 2.0
+LONGEST_PAUSE = 600.0
 
 
 class Service:
@@ -49,6 +51,7 @@ class Service:
         self._guests: Guests
         self._redirect: BridgedRedirect
         self._backend: Backend
+        self._domains: Domains | None = None
 
     async def __aenter__(self) -> Service:
         async with contextlib.AsyncExitStack() as stack:
@@ -73,7 +76,7 @@ class Service:
             )
             stack.callback(self._guests.close)
             stack.push_async_callback(self._drain)
-            control = ControlServer(os.path.join(self._config.service.runtime_dir, "control.sock"), self._commands())
+            control = ControlServer(self._config.control_socket, self._commands())
             await stack.enter_async_context(control)
             self._find_machines(stack)
             self._stack = stack.pop_all()
@@ -129,9 +132,9 @@ class Service:
             )
             self._machine_up(machine)
         if self._config.libvirt.enabled:
-            domains = Domains(self._config.libvirt.uri, on_up=self._machine_up, on_down=self._guests.machine_down)
-            domains.start()
-            stack.callback(domains.stop)
+            self._domains = Domains(self._config.libvirt.uri, on_up=self._machine_up, on_down=self._guests.machine_down)
+            self._domains.start()
+            stack.callback(self._domains.stop)
 
     def _machine_up(self, machine: Machine) -> None:
         priority = self._config.policy.vm_priority.get(machine.name, machine.priority)
@@ -155,6 +158,7 @@ class Service:
             "connections": self._connections,
             "relays": self._relays,
             "hand_back": self._hand_back,
+            "pause": self._pause,
         }
 
     def _status(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -168,12 +172,31 @@ class Service:
             "relay_engine": self._guests.relays.engine,
             "redirect": self._config.redirect.mode,
             "lossless_freeze": self._lossless,
+            "libvirt": self._libvirt(),
+            "limits": self._quotas(),
             "durations": self._guests.durations.summary(request.get("samples")),
             "machines": machines,
             "totals": {
                 key: sum(machine[key] for machine in machines)
-                for key in ("connections_out", "handed_out", "handed_back", "failed", "bytes_sent", "bytes_per_second")
+                for key in ("connections_out", "handed_out", "handed_back", "failed", "ended", "bytes_sent", "bytes_per_second")
             },
+        }
+
+    def _libvirt(self) -> dict[str, Any] | None:
+        """Where VMs are looked for, and those that run without our channel; None: nowhere."""
+        if self._domains is None:
+            return None
+        found = self._domains
+        return {"uri": found.uri, "connected": found.connected, "without_channel": list(found.without_channel)}
+
+    def _quotas(self) -> dict[str, Any]:
+        """What each VM may have, by the names under which its status tells what it has."""
+        policy, relay = self._config.policy, self._config.relay
+        return {
+            "connections_out": policy.max_connections_per_vm,
+            "relays": relay.max_relays_per_vm,
+            "ring_bytes": relay.max_ring_bytes_per_vm,
+            "frames_per_second": policy.max_frames_per_second,
         }
 
     def _connections(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -184,12 +207,25 @@ class Service:
         return {"relays": self._guests.relays.rows(iter(self._guests))}
 
     def _hand_back(self, request: dict[str, Any]) -> dict[str, Any]:
-        name, token = request.get("machine"), request.get("token")
-        found = [guest for guest in self._guests if guest.machine.name == name]
+        return {"handed_back": self._guests.hand_back_all(self._guest(request), Reason.OPERATOR, request.get("token"))}
+
+    def _pause(self, request: dict[str, Any]) -> dict[str, Any]:
+        """For so many seconds nothing more of a VM goes out; 0 ends it. What is out stays out."""
+        seconds = float(request["seconds"])
+        if not 0 <= seconds <= LONGEST_PAUSE:
+            raise ValueError(f"a pause is 0 to {LONGEST_PAUSE:g} seconds long, not {seconds:g}")
+        self._guest(request).paused_until = time.monotonic() + seconds
+        return {"seconds": seconds}
+
+    def _guest(self, request: dict[str, Any]) -> Guest:
+        """The VM that a request names. Raises ControlError."""
+        name = request.get("machine")
+        found: list[Guest] = [guest for guest in self._guests if guest.machine.name == name]
         if not found:
             known = ", ".join(guest.machine.name for guest in self._guests) or "none"
-            raise ValueError(f"no VM named {name!r} has a channel here (known: {known})")
-        return {"handed_back": self._guests.hand_back_all(found[0], Reason.OPERATOR, token)}
+            hint = f"sudo {as_typed(f'attach {name} --share FOLDER --address ADDRESS')}"
+            raise ControlError(f"no VM named {name!r} has a channel here (known: {known})", hint)
+        return found[0]
 
 
 def _resident_bytes() -> int:
@@ -210,11 +246,14 @@ def _machine_status(guest: Guest) -> dict[str, Any]:
         "share": guest.machine.share,
         "priority": guest.machine.priority,
         "relays": len(guest.relays),
+        "ring_bytes": sum(relay.ring_bytes for relay in guest.relays.values()),
+        "frames_per_second": guest.channel.frames_per_second if guest.channel else 0,
         "connections_out": len(guest.connections),
         "handed_out": guest.counters["handed_out"],
         "handed_back": guest.counters["handed_back"],
         "failed": guest.counters["failed"],
         "ended": guest.counters["ended"],
+        "lost": dict(guest.lost),
         "held_packets": guest.counters["held_packets"],
         "late_packets": guest.counters["late_packets"],
         "refused": dict(guest.refused),

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ Progress = Callable[[str], None]
 RECIPE = Path(__file__).parent
 DEFAULT_KERNEL = "6.1"
 GUEST_MODULE = "socket_offload"
+SPACE = 1 << 30
+"""Bytes that one more layer may need, with what it is made from."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,15 @@ def cache_directory() -> Path:
     return Path(os.environ.get("STREAMLIFT_CACHE") or "/var/cache/streamlift") / "images"
 
 
-def build(kernel: str = DEFAULT_KERNEL, *, progress: Progress = lambda line: None) -> Image:
-    """The image with this kernel series; takes half a minute when nothing is cached, else at most seconds."""
+def build(kernel: str = DEFAULT_KERNEL, *, also: Sequence[str] = (), progress: Progress = lambda line: None) -> Image:
+    """The image with this kernel series and the Debian packages `also`; takes half a minute when nothing is cached, else at
+    most seconds."""
     if os.geteuid() != 0:
-        raise BuildError("building an image needs root: files in it belong to root")
+        raise BuildError("building an image needs root: files in it belong to root", "type it again with sudo")
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / "lock"):
-        base = _base(cache, progress=progress)
+        base = _base(cache, also=also, progress=progress)
         unpacked = _kernel(cache, series=kernel, progress=progress)
         module = module_against(headers(unpacked, progress=progress), GUEST_MODULE, progress=progress)
         return _image(cache, base=base, kernel=unpacked, module=module, progress=progress)
@@ -84,6 +87,15 @@ def headers(found: kernels.Kernel, *, progress: Progress = lambda line: None) ->
     return modules.folder(path, release=found.release)
 
 
+def checkpatch(series: str) -> Path:
+    """checkpatch.pl of a kernel series."""
+    path = cache_directory() / f"checkpatch-{kernel(series).release}-{key(_text(RECIPE / 'module.py'))}"
+    with layer(path) as (directory, missing):
+        if missing:
+            modules.unpack_checkpatch(series, directory=directory)
+    return path / modules.CHECKPATCH[0]
+
+
 def module_against(tree: Path, name: str, *, progress: Progress = lambda line: None) -> Path:
     """NAME.ko of `host_module/NAME`, built against a tree in the cache."""
     source, cache = RECIPE.parent / "host_module" / name, cache_directory()
@@ -100,13 +112,21 @@ def busybox(found: kernels.Kernel) -> Path:
     return found.image.parent / "busybox" / "unpacked" / "bin" / "busybox"
 
 
-def _base(cache: Path, *, progress: Progress) -> Path:
+def bare(*, also: Sequence[str] = (), progress: Progress = lambda line: None) -> Path:
+    """The bare Debian with the packages `also`, nothing of ours in it: a tar archive."""
+    cache = cache_directory()
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache / "lock"):
+        return _base(cache, also=also, progress=progress)
+
+
+def _base(cache: Path, *, also: Sequence[str], progress: Progress) -> Path:
     sources = packages.debian_sources()
-    name = key(*sources, *root.BASE_RECIPE)
+    name = key(*sources, *root.base_recipe(also))
     with layer(cache / f"base-{name}") as (directory, missing):
         if missing:
             progress("building the bare Debian with mmdebstrap (about 20 s)")
-            root.make_base(directory / "root.tar", sources=sources)
+            root.make_base(directory / "root.tar", sources=sources, also=also)
     return cache / f"base-{name}" / "root.tar"
 
 
@@ -158,7 +178,8 @@ def _fill(directory: Path, *, base: Path, kernel: kernels.Kernel, module: Path) 
 
 def _recipe_files() -> list[Path]:
     """All that goes into the top layer, in a fixed order: this folder's recipe and the agent."""
-    found = [*RECIPE.glob("*.py"), *(RECIPE / "guest").iterdir(), *root.AGENT.rglob("*.py"), root.AGENT_UNIT]
+    agent = [*root.AGENT.rglob("*.py"), *(root.AGENT / unit for unit in root.AGENT_UNITS)]
+    found = [*RECIPE.glob("*.py"), *(RECIPE / "guest").iterdir(), *agent]
     return sorted(path for path in found if path.is_file())
 
 
@@ -188,6 +209,7 @@ def layer(path: Path) -> Iterator[tuple[Path, bool]]:
     if path.exists():
         yield path, False
         return
+    _require_space(path.parent)
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix="making-"))
     try:
         aside.chmod(0o755)
@@ -195,6 +217,16 @@ def layer(path: Path) -> Iterator[tuple[Path, bool]]:
         aside.rename(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _require_space(folder: Path) -> None:
+    """Better said before than by mke2fs(8) in the middle."""
+    free = shutil.disk_usage(folder).free
+    if free < SPACE:
+        raise BuildError(
+            f"{folder} has {free >> 20} MiB left; building an image needs {SPACE >> 20}",
+            f"make room (df -h {folder}), or name another place: sudo STREAMLIFT_CACHE=/FOLDER ...",
+        )
 
 
 def main() -> int:

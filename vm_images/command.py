@@ -9,9 +9,16 @@ from pathlib import Path
 # Every time stamp in an image is this one (2024-01-01), so equal inputs give equal bytes.
 EPOCH = 1704067200
 
+# Debian's package of a program that is not called like it.
+PACKAGE_OF = {"mke2fs": "e2fsprogs", "depmod": "kmod", "modprobe": "kmod", "qemu-img": "qemu-utils", "nft": "nftables"}
+
 
 class BuildError(Exception):
-    """A program that the build needs has failed; the text holds its last words."""
+    """A program that the build needs has failed: the text holds its last words, `hint` what to do."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 def run(
@@ -27,7 +34,8 @@ def run(
     try:
         result = subprocess.run(command, input=text, capture_output=True, text=True, cwd=directory, env=variables, check=False)
     except FileNotFoundError as error:
-        raise BuildError(f"{command[0]} is not installed: install it with apt") from error
+        package = PACKAGE_OF.get(command[0], command[0])
+        raise BuildError(f"{command[0]} is not installed", f"sudo apt-get install {package}") from error
     if result.returncode != 0:
         last_words = (result.stderr or result.stdout).strip()[-2000:]
         raise BuildError(f"{' '.join(command[:3])} ... ended with {result.returncode}: {last_words}")

@@ -28,7 +28,7 @@ EARLY_MODULES = (
 
 # Kept in the image, so that a guest can load them later.
 KEPT_FOLDERS = ("net", "lib", "crypto", "arch", "drivers/virtio", "drivers/vhost", "drivers/net")
-KEPT_MODULES = ("virtio_net", "tun", "veth", "dummy", "net_failover", "ifb", "tap", "autofs4", "overlay")
+KEPT_MODULES = ("virtio_net", "tun", "veth", "dummy", "net_failover", "ifb", "tap", "autofs4", "overlay", "button", "evdev")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,32 @@ def sparse(source: Path, *, tree: Path, directory: Path) -> list[str]:
     return [line for line in lines if line.startswith(str(directory)) and ("warning" in line or "error" in line)]
 
 
+NOT_CHECKED = {
+    "LINUX_VERSION_CODE": "one source is built for several kernels; compat.h alone asks for the version",
+    "CONSTANT_COMPARISON": "KERNEL_VERSION() on the right side of such a question is taken for a value",
+    "CONST_STRUCT": "omss copies a struct proto_ops of the kernel when it is loaded, and replaces one call",
+}
+"""Rules of checkpatch.pl that cannot hold here, and why."""
+CHECKPATCH = ("checkpatch.pl", "spelling.txt", "const_structs.checkpatch")
+
+
+def unpack_checkpatch(series: str, *, directory: Path) -> None:
+    """Download the sources of a kernel series and leave their checkpatch.pl, and what it reads, in `directory`."""
+    unpacked = fetch(f"linux-source-{series}", directory=directory)
+    archive = unpacked / "usr" / "src" / f"linux-source-{series}.tar.xz"
+    wanted = [f"linux-source-{series}/scripts/{name}" for name in CHECKPATCH]
+    run(["tar", "--extract", "--file", archive, "--directory", directory, "--strip-components=2", "--occurrence=1", *wanted])
+    shutil.rmtree(unpacked)
+
+
+def checkpatch(source: Path, *, script: Path) -> list[str]:
+    """What checkpatch.pl says of the module's own files, but for NOT_CHECKED."""
+    files = " ".join(str(path) for path in sources(source) if path.suffix in (".c", ".h"))
+    options = f"--no-tree --terse --show-types --no-summary --ignore {','.join(NOT_CHECKED)}"
+    lines = run(["sh", "-c", f"{script} {options} --file {files} 2>&1 || true"]).splitlines()
+    return [line for line in lines if line.startswith(str(source))]
+
+
 def copy_sources(source: Path, directory: Path) -> None:
     """Nothing that a build has left."""
     for path in sources(source):

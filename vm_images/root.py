@@ -12,19 +12,10 @@ from vm_images.packages import SUITE
 
 PACKAGES = ("systemd-sysv", "udev", "kmod", "iproute2", "python3")
 LEFT_OUT = ("doc", "man", "info", "locale", "lintian", "bug")
-BASE_RECIPE = (
-    "mmdebstrap",
-    "--variant=minbase",
-    "--mode=root",
-    f"--include={','.join(PACKAGES)}",
-    *(f"--dpkgopt=path-exclude=/usr/share/{folder}/*" for folder in LEFT_OUT),
-    # A machine whose clock is behind the archive's can build too; the signatures are checked all the same.
-    "--aptopt=Acquire::Check-Date false",
-)
 
 GUEST_FILES = Path(__file__).parent / "guest"
 AGENT = Path(__file__).parent.parent / "guest_agent"
-AGENT_UNIT = AGENT / "streamlift-agent.service"
+AGENT_UNITS = ("streamlift-agent.service", "streamlift-media.service", "srv-share.mount")
 
 # Needed by nobody in a guest that is thrown away, and each of them costs time at every start.
 MASKED_UNITS = (
@@ -40,6 +31,7 @@ MASKED_UNITS = (
     "getty@tty1.service",
     "kmod-static-nodes.service",
     "ldconfig.service",
+    "nginx.service",
     "modprobe@.service",
     "proc-sys-fs-binfmt_misc.automount",
     "serial-getty@ttyS0.service",
@@ -76,9 +68,22 @@ FIXED_TIME = {"E2FSPROGS_FAKE_TIME": str(EPOCH)}
 FILE_SYSTEM_ID = "5eed5eed-0000-4000-8000-000000000001"
 
 
-def make_base(archive: Path, *, sources: Sequence[str]) -> None:
+def base_recipe(also: Sequence[str] = ()) -> tuple[str, ...]:
+    """How the bare Debian is made, with the packages `also` in it."""
+    return (
+        "mmdebstrap",
+        "--variant=minbase",
+        "--mode=root",
+        f"--include={','.join((*PACKAGES, *also))}",
+        *(f"--dpkgopt=path-exclude=/usr/share/{folder}/*" for folder in LEFT_OUT),
+        # A machine whose clock is behind the archive's can build too; the signatures are checked all the same.
+        "--aptopt=Acquire::Check-Date false",
+    )
+
+
+def make_base(archive: Path, *, sources: Sequence[str], also: Sequence[str] = ()) -> None:
     """Write the bare Debian as a tar archive (about 15 s, the slow layer)."""
-    run([*BASE_RECIPE, SUITE, archive, "-"], text="\n".join(sources) + "\n")
+    run([*base_recipe(also), SUITE, archive, "-"], text="\n".join(sources) + "\n")
 
 
 def unpack_base(archive: Path, *, root: Path) -> None:
@@ -103,19 +108,19 @@ def install_module(root: Path, *, module: Path, release: str) -> None:
 def install_agent(root: Path) -> None:
     """Put the agent, the example server and their units into the root file system."""
     packages = root / "usr" / "lib" / "python3" / "dist-packages"
-    shutil.copytree(AGENT, packages / "guest_agent", ignore=shutil.ignore_patterns("__pycache__", "*.service"))
+    shutil.copytree(AGENT, packages / "guest_agent", ignore=shutil.ignore_patterns("__pycache__", *AGENT_UNITS))
     # Compiled here, without time stamps: the guest starts faster, and the image stays reproducible.
     compile_all = ("/usr/bin/python3", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash")
     run(["chroot", root, *compile_all, "/usr/lib/python3/dist-packages/guest_agent"])
     scripts = root / "usr" / "lib" / "streamlift"
     scripts.mkdir()
-    for script in ("network", "live"):
+    for script in ("network", "live", "nginx.conf"):
         shutil.copy(GUEST_FILES / script, scripts / script)
     _install_unit(root, GUEST_FILES / "streamlift-network.service", wanted_by="sysinit.target")
-    _install_unit(root, GUEST_FILES / "srv-share.mount", wanted_by="multi-user.target")
-    for server in ("streamlift-media.service", "streamlift-media-plain.service", "streamlift-live.service"):
+    for server in ("streamlift-media-plain.service", "streamlift-live.service", "streamlift-nginx.service"):
         _install_unit(root, GUEST_FILES / server, wanted_by="multi-user.target")
-    _install_unit(root, AGENT_UNIT, wanted_by="multi-user.target")
+    for unit in AGENT_UNITS:
+        _install_unit(root, AGENT / unit, wanted_by="multi-user.target")
 
 
 def configure(root: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -459,6 +460,15 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=BACKLOG)
 
 
+def _explain(error: OSError, arguments: argparse.Namespace) -> str:
+    """The cause, and the next command."""
+    if error.errno == errno.EADDRINUSE:
+        return f"port {arguments.port} is taken\n  see by whom: ss -ltnp 'sport = :{arguments.port}'; or choose another: --port"
+    if error.errno == errno.EACCES and 0 < arguments.port < 1024:
+        return f"port {arguments.port} is for root\n  choose one above 1023: --port 8080"
+    return str(error)
+
+
 async def run(listener: socket.socket, service: Service, stop: asyncio.Event) -> None:
     """Serve until `stop`; then idle connections close at once, and answers under way are finished."""
     loop = asyncio.get_running_loop()
@@ -511,7 +521,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         asyncio.run(_main(arguments))
     except OSError as error:
-        print(f"media_server: {error}", file=sys.stderr)
+        print(f"media_server: {_explain(error, arguments)}", file=sys.stderr)
         return 1
     return 0
 

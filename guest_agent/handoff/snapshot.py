@@ -25,12 +25,18 @@ from guest_agent.handoff import warm as warm_state
 from guest_agent.handoff.errors import GuestError, Reason
 from guest_agent.handoff.warm import Warm
 
-VERSION = 2
+VERSION = 3
 MAX_QUEUE = 16 << 20
 """Upper bound for the three queues of a snapshot together, bytes."""
 
 MAX_SEGMENTS = 4096
 """Most segments in the out-of-order queue of a snapshot."""
+
+MAX_WINDOW = 1 << 30
+"""Largest window, bytes (RFC 7323 section 2.3)."""
+
+MAX_BUFFER = (1 << 30) - 1
+"""Largest socket buffer, bytes, as the kernel reports it: half of what fits."""
 
 _U8, _U16, _U32 = 0xFF, 0xFFFF, 0xFFFFFFFF
 
@@ -172,7 +178,9 @@ def before_fin(snapshot: Snapshot) -> Snapshot:
 _QUEUES = ("receive_queue", "unacked", "unsent")
 _WINDOW_NAMES = tuple(field.name for field in fields(Window))
 _OPTION_NAMES = tuple(field.name for field in fields(Options))
-_SNAPSHOT_NAMES = frozenset(field.name for field in fields(Snapshot)) - set(_QUEUES) | {"queues"}
+UPPER_LAYER = "upper_layer"
+"""The place of kTLS in the header: null, as nobody can move it yet. Who can will say so in the hello, and put an object there."""
+_SNAPSHOT_NAMES = frozenset(field.name for field in fields(Snapshot)) - set(_QUEUES) | {"queues", UPPER_LAYER}
 
 _RANGES = {
     "send_sequence": _U32,
@@ -180,11 +188,12 @@ _RANGES = {
     "timestamp": _U32,
     "mss": _U16,
     **dict.fromkeys(_WINDOW_NAMES, _U32),
+    **dict.fromkeys(("max_window", "rcv_wnd"), MAX_WINDOW),
     "keepalive_idle": 32767,
     "keepalive_interval": 32767,
     "keepalive_count": 127,
-    "send_buffer": 0x7FFFFFFF,
-    "receive_buffer": 0x7FFFFFFF,
+    "send_buffer": MAX_BUFFER,
+    "receive_buffer": MAX_BUFFER,
     "buffer_lock": 3,
     "traffic_class": _U8,
     "mark": _U32,
@@ -220,13 +229,14 @@ def encode(snapshot: Snapshot) -> tuple[dict[str, Any], bytes]:
         "fin_read": snapshot.fin_read,
         "segments": [[segment.sequence, len(segment.data)] for segment in snapshot.segments],
         "warm": warm_state.encode(snapshot.warm),
+        UPPER_LAYER: None,
     }
     early = b"".join(segment.data for segment in snapshot.segments)
     return header, snapshot.receive_queue + snapshot.unacked + snapshot.unsent + early
 
 
 def decode(header: object, body: bytes) -> Snapshot:
-    """The inverse of `encode`, for input that nobody vouches for: raises `GuestError` (BAD_SNAPSHOT or BAD_VERSION)
+    """The inverse of `encode`, for input that nobody vouches for: raises `GuestError` (BAD_SNAPSHOT, BAD_VERSION, UPPER_LAYER)
     unless every field is there, of its type, in its range and consistent with the others."""
     try:
         return _decode(header, body)
@@ -241,6 +251,8 @@ def _decode(header: object, body: bytes) -> Snapshot:
         raise GuestError(Reason.BAD_VERSION, f"snapshot version {header.get('version')!r}, this side speaks {VERSION}")
     if header.keys() != _SNAPSHOT_NAMES:
         raise ValueError(f"fields {sorted(header.keys() ^ _SNAPSHOT_NAMES)} are missing or unknown")
+    if header[UPPER_LAYER] is not None:
+        raise GuestError(Reason.UPPER_LAYER, "the state of an upper layer protocol (kTLS, ...) cannot be moved")
     receive, unacked, unsent, segments = _queues(header["queues"], header["segments"], body)
     snapshot = Snapshot(
         local=_endpoint(header["local"]),

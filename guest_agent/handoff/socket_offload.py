@@ -34,9 +34,11 @@ _HANDSHAKE = struct.Struct("=6I")
 _EXPORT = struct.Struct("=IiiIQII")
 _IMPORT = struct.Struct("=IiiIQII16sH6x")
 _THAW = struct.Struct("=IiII")
-_SNAPSHOT = struct.Struct("=IIBBBBHH16s16s26I16s8x")
+_SNAPSHOT = struct.Struct("=IIBBBBHH16s16s26I16sII")
 _WARM = struct.Struct("=22IQQQ104s")
 _SEGMENT = struct.Struct("=II")
+NO_UPPER_LAYER = (0, 0)
+"""Kind and bytes: the place of kTLS, which nobody can move yet."""
 
 _REASONS = {
     1: (Reason.NOT_TCP, "only TCP over IPv4 or IPv6 can be moved"),
@@ -218,6 +220,7 @@ def _pack_fixed(snapshot: Snapshot, mark: int | None) -> bytes:
         options.priority,
         options.user_timeout,
         options.congestion.encode("ascii"),
+        *NO_UPPER_LAYER,
     )
 
 
@@ -234,10 +237,12 @@ _WARM_FROM = Warm._fields.index("snd_cwnd")
 
 
 def unpack(blob: memoryview) -> Snapshot:
-    """What `SKOFF_FREEZE_EXPORT` wrote."""
+    """What `SKOFF_FREEZE_EXPORT` wrote. Raises NotMovable: a newer module has put in what this program does not know."""
     fixed = _SNAPSHOT.unpack_from(blob)
     _, flags, state, family, send_scale, receive_scale, local_port, peer_port, local, peer = fixed[:10]
     numbers, congestion = fixed[10:36], fixed[36]
+    if fixed[37:] != NO_UPPER_LAYER:
+        raise NotMovable(*_REASONS[4])
     sequence, received, segments, *lengths, mss, mss_cache, wl1, snd, most, rcv, wup, stamp, recent, age = numbers[:16]
     size = 16 if family == socket.AF_INET6 else 4
     queues, early = _unpack_queues(blob, _SNAPSHOT.size + _WARM.size, segments, lengths)

@@ -42,6 +42,12 @@ static inline u32 skoff_clock_ts(const struct tcp_sock *tp)
 }
 #endif
 
+/* A difference of two skoff_clock_ts() in microseconds. */
+static inline u64 skoff_ts_to_us(const struct tcp_sock *tp, u32 difference)
+{
+	return skoff_usec_ts(tp) ? difference : (u64)difference * USEC_PER_MSEC;
+}
+
 /* A key of RFC 2385 or (6.7) RFC 5925 that cannot be moved. */
 static inline bool skoff_is_signed(const struct tcp_sock *tp)
 {

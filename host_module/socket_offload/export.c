@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* SKOFF_FREEZE_EXPORT: a live socket -> frozen, and a blob. */
+#include <linux/filter.h>
 #include <linux/tcp.h>
 #include <linux/uaccess.h>
 #include <net/inet_sock.h>
 #include <net/ipv6.h>
 #include "compat.h"
 #include "socket_offload.h"
+
+#define SKOFF_TRIES	8
 
 static void export_ends(const struct sock *sk, struct skoff_snapshot *snapshot)
 {
@@ -106,6 +109,33 @@ static int export_locked(struct sock *sk, struct skoff_export *call)
 	return skoff_copy_queues(sk, &lengths, user + sizeof(snapshot));
 }
 
+/*
+ * A packet that passed before the filter was there may reach the socket while it is
+ * exported: it waits in the backlog, belongs into the blob, and must not meet a
+ * frozen socket.
+ */
+static int freeze_export(struct sock *sk, struct skoff_export *call)
+{
+	u32 room = call->length;
+	int err, tries;
+
+	for (tries = 0; tries < SKOFF_TRIES; tries++) {
+		sk_flush_backlog(sk);
+		call->reason = skoff_is_frozen(sk) ? SKOFF_REASON_FROZEN : skoff_refused(sk);
+		if (call->reason)
+			return -EOPNOTSUPP;
+		call->length = room;
+		skoff_freeze(sk);
+		err = export_locked(sk, call);
+		if (!err && !READ_ONCE(sk->sk_backlog.tail))
+			return 0;
+		skoff_thaw(sk);
+		if (err)
+			return err;
+	}
+	return -EBUSY;
+}
+
 int skoff_freeze_export(struct socket *sock, struct skoff_export *call)
 {
 	struct sock *sk = sock->sk;
@@ -123,18 +153,9 @@ int skoff_freeze_export(struct socket *sock, struct skoff_export *call)
 	if (err)
 		return err;
 	lock_sock(sk);
-	sk_flush_backlog(sk); /* what passed before the filter was there */
-	call->reason = skoff_is_frozen(sk) ? SKOFF_REASON_FROZEN : skoff_refused(sk);
-	if (call->reason) {
-		err = -EOPNOTSUPP;
-	} else {
-		skoff_freeze(sk);
-		err = export_locked(sk, call);
-		if (err)
-			skoff_thaw(sk);
-	}
-	release_sock(sk);
+	err = freeze_export(sk, call);
 	if (err && call->filter >= 0 && call->reason != SKOFF_REASON_FROZEN)
-		skoff_detach_filter(sock);
+		sk_detach_filter(sk);
+	release_sock(sk);
 	return err;
 }

@@ -30,7 +30,7 @@ static bool contradicts_itself(const struct skoff_snapshot *s)
 		return true;
 	fin = skoff_in(s->state, SKOFF_FIN_RCVD);
 	rcv_nxt = s->copied_seq + s->receive_length + (fin && !(s->flags & SKOFF_FIN_READ));
-	if (s->flags & ~SKOFF_KNOWN_FLAGS || s->reserved[0] || s->reserved[1])
+	if (s->flags & ~SKOFF_KNOWN_FLAGS || s->upper_length)
 		return true;
 	if (s->family != AF_INET && s->family != AF_INET6)
 		return true;
@@ -61,6 +61,14 @@ static bool contradicts_itself(const struct skoff_snapshot *s)
 	if (memchr(s->congestion, 0, sizeof(s->congestion)) == NULL)
 		return true;
 	return s->send_buffer > INT_MAX / 2 || s->receive_buffer > INT_MAX / 2;
+}
+
+/* Why the blob cannot be imported; 0 if it can. */
+static u32 unknown_or_wrong(const struct skoff_snapshot *s)
+{
+	if (s->upper_layer != SKOFF_UPPER_NONE)
+		return SKOFF_REASON_ULP;
+	return contradicts_itself(s) ? SKOFF_REASON_BLOB : SKOFF_REASON_NONE;
 }
 
 static int read_blob(struct blob *blob, const struct skoff_import *call)
@@ -165,23 +173,34 @@ static void set_mark(struct sock *sk, u32 mark)
 	sk_dst_reset(sk);
 }
 
+static int disconnect(struct socket *sock)
+{
+	struct sock *sk = sock->sk;
+	int err = sk->sk_prot->disconnect(sk, 0);
+
+	if (err)
+		return err;
+	sock->state = SS_UNCONNECTED;
+	xchg(&sk->sk_err, 0); /* ECONNABORTED, of our own doing */
+	return 0;
+}
+
 /* A closed socket that connects as what the snapshot says; nothing is sent (tcp_connect()). */
-static void close_for_import(struct socket *sock, const struct skoff_snapshot *s)
+static int close_for_import(struct socket *sock, const struct skoff_snapshot *s)
 {
 	struct sock *sk = sock->sk;
 	struct tcp_sock *tp = tcp_sk(sk);
+	int err = sk->sk_state == TCP_CLOSE ? 0 : disconnect(sock);
 
-	if (sk->sk_state != TCP_CLOSE) {
-		sk->sk_prot->disconnect(sk, 0);
-		sock->state = SS_UNCONNECTED;
-		xchg(&sk->sk_err, 0);
-	}
+	if (err)
+		return err;
 	tp->repair = 1;
 	tp->repair_queue = TCP_NO_QUEUE;
 	sk->sk_reuse = SK_FORCE_REUSE;
 	set_sequences(sk, s);
 	tp->rx_opt.user_mss = max_t(u32, s->mss_clamp, TCP_MIN_MSS);
 	set_mark(sk, s->mark);
+	return 0;
 }
 
 static int bind_and_connect(struct socket *sock, const struct skoff_snapshot *s,
@@ -202,6 +221,7 @@ static int set_negotiated(struct sock *sk, const struct skoff_snapshot *s)
 {
 	struct tcp_sock *tp = tcp_sk(sk);
 	struct tcp_options_received *rx = &tp->rx_opt;
+	int options = s->flags & SKOFF_TIMESTAMPS ? TCPOLEN_TSTAMP_ALIGNED : 0;
 
 	rx->wscale_ok = !!(s->flags & SKOFF_WSCALE);
 	rx->snd_wscale = rx->wscale_ok ? s->snd_wscale : 0;
@@ -209,10 +229,12 @@ static int set_negotiated(struct sock *sk, const struct skoff_snapshot *s)
 	rx->sack_ok = s->flags & SKOFF_SACK ? TCP_SACK_SEEN : 0;
 	rx->tstamp_ok = !!(s->flags & SKOFF_TIMESTAMPS);
 	rx->mss_clamp = s->mss_clamp;
+	/* connect() took this machine's options for granted. */
+	tp->mss_cache -= options - (int)(tp->tcp_header_len - sizeof(struct tcphdr));
+	tp->tcp_header_len = sizeof(struct tcphdr) + options;
 	if (s->mss_cache)
 		tp->mss_cache = clamp_t(u32, s->mss_cache, TCP_MIN_MSS, tp->mss_cache);
 	tp->ecn_flags = s->flags & SKOFF_ECN ? TCP_ECN_OK : 0;
-	tp->tcp_header_len = sizeof(struct tcphdr) + (rx->tstamp_ok ? TCPOLEN_TSTAMP_ALIGNED : 0);
 	if (!rx->tstamp_ok)
 		return 0;
 	if (!skoff_set_usec_ts(tp, s->flags & SKOFF_USEC_TS))
@@ -252,7 +274,10 @@ static int receive_fin(struct sock *sk, const struct skoff_snapshot *s)
 	return 0;
 }
 
-/* Bytes and our FIN, as sent or as waiting. tcp_shutdown() makes the FIN. */
+/*
+ * Bytes and our FIN, as sent or as waiting. tcp_shutdown() makes the FIN. Without a
+ * window nothing leaves meanwhile.
+ */
 static int fill_send_queue(struct sock *sk, const struct blob *blob)
 {
 	const struct skoff_snapshot *s = &blob->snapshot;
@@ -260,6 +285,7 @@ static int fill_send_queue(struct sock *sk, const struct blob *blob)
 	bool fin = skoff_in(s->state, SKOFF_FIN_SENT);
 	int err;
 
+	tp->snd_wnd = 0;
 	tp->repair_queue = TCP_SEND_QUEUE;
 	err = skoff_fill_send(sk, blob->unacked, s->unacked_length);
 	if (!err && fin && !(s->flags & SKOFF_FIN_UNSENT))
@@ -268,11 +294,9 @@ static int fill_send_queue(struct sock *sk, const struct blob *blob)
 	if (err || !(s->unsent_length || s->flags & SKOFF_FIN_UNSENT))
 		return err;
 	tp->repair = 0;
-	skoff_block(sk); /* so that it stays where it is */
 	err = skoff_fill_send(sk, blob->unsent, s->unsent_length);
 	if (!err && fin)
 		sk->sk_prot->shutdown(sk, SEND_SHUTDOWN);
-	skoff_unblock(sk);
 	tp->repair = 1;
 	return err;
 }
@@ -332,20 +356,24 @@ static void wake(struct sock *sk)
 		sk->sk_data_ready(sk);
 }
 
-/* A half-filled socket is no connection: it closes, silently. */
+/* A half-filled socket is no connection: it closes, silently, and has no privilege left. */
 static void give_up(struct socket *sock)
 {
 	struct sock *sk = sock->sk;
 
 	tcp_sk(sk)->repair = 1;
-	sk->sk_prot->disconnect(sk, 0);
-	sock->state = SS_UNCONNECTED;
+	disconnect(sock);
 	tcp_sk(sk)->repair = 0;
+	sk->sk_reuse = SK_CAN_REUSE;
 }
 
 /* Why the socket cannot take a connection; 0 if it can. */
-static u32 unfit(const struct sock *sk, const struct skoff_snapshot *s)
+static u32 unfit(struct sock *sk, const struct skoff_snapshot *s)
 {
+	u32 reason = skoff_unsuitable(sk);
+
+	if (reason)
+		return reason;
 	if (s->family == AF_INET6 && sk->sk_family != AF_INET6)
 		return SKOFF_REASON_BLOB;
 	if (sk->sk_state == TCP_CLOSE)
@@ -370,15 +398,24 @@ static int rebuild(struct socket *sock, const struct skoff_import *call, const s
 	if (unfit(sk, s))
 		err = -EBUSY; /* somebody else is at it too */
 	else
-		close_for_import(sock, s);
+		err = close_for_import(sock, s);
 	release_sock(sk);
-	return err ?: bind_and_connect(sock, s, local, port);
+	if (err)
+		return err;
+	err = bind_and_connect(sock, s, local, port);
+	if (!err)
+		return 0;
+	lock_sock(sk);
+	if (skoff_is_frozen(sk) && sk->sk_state == TCP_CLOSE)
+		give_up(sock);
+	release_sock(sk);
+	return err;
 }
 
 /* Connected at these ends, frozen and empty: it can be filled. */
-static bool stands_ready(const struct sock *sk, const struct skoff_snapshot *s, const u8 *local, u16 port)
+static bool stands_ready(struct sock *sk, const struct skoff_snapshot *s, const u8 *local, u16 port)
 {
-	return skoff_is_frozen(sk) && is_empty(sk) && stands_at(sk, s, local, port);
+	return skoff_is_frozen(sk) && !skoff_unsuitable(sk) && is_empty(sk) && stands_at(sk, s, local, port);
 }
 
 static int fill_or_give_up(struct socket *sock, const struct blob *blob, u32 *reason)
@@ -412,7 +449,7 @@ int skoff_import_into(struct socket *sock, struct skoff_import *call)
 	local = call->flags & SKOFF_BIND ? call->local : s->local;
 	port = call->flags & SKOFF_BIND ? call->local_port : s->local_port;
 	err = -EOPNOTSUPP;
-	call->reason = contradicts_itself(s) ? SKOFF_REASON_BLOB : unfit(sk, s);
+	call->reason = unknown_or_wrong(s) ?: unfit(sk, s);
 	if (call->reason)
 		goto out;
 	err = skoff_attach_filter(sock, call->filter);

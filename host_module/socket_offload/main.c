@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* The device: one open file per user, a handshake, then calls on sockets. */
+#include <linux/filter.h>
 #include <linux/fs.h>
 #include <linux/miscdevice.h>
 #include <linux/module.h>
@@ -11,13 +12,21 @@
 /* private_data of a file whose handshake is done. */
 static const char greeted;
 
-static int copy_call(void *call, size_t size, void __user *from)
+/* Every call begins with its size as the caller knows it: at least that of the first version. */
+static int copy_call(void *call, size_t size, void __user *from, size_t least)
 {
 	u32 theirs;
+	int err;
 
 	if (get_user(theirs, (u32 __user *)from))
 		return -EFAULT;
-	return copy_struct_from_user(call, size, from, theirs);
+	if (theirs < least)
+		return -EINVAL;
+	if (theirs > PAGE_SIZE)
+		return -E2BIG;
+	err = copy_struct_from_user(call, size, from, theirs);
+	*(u32 *)call = theirs; /* whatever it says by now */
+	return err;
 }
 
 static int copy_answer(void __user *to, const void *call, size_t size)
@@ -30,7 +39,7 @@ static int copy_answer(void __user *to, const void *call, size_t size)
 static long handshake(struct file *file, void __user *user)
 {
 	struct skoff_handshake call;
-	int err = copy_call(&call, sizeof(call), user);
+	int err = copy_call(&call, sizeof(call), user, SKOFF_HANDSHAKE_SIZE);
 
 	if (err)
 		return err;
@@ -48,9 +57,11 @@ static long handshake(struct file *file, void __user *user)
 /* Why this is no socket that can be moved, whatever its state. */
 static u32 foreign(const struct sock *sk)
 {
-	if (sk_is_tcp(sk))
+	bool inet = sk->sk_family == AF_INET || sk->sk_family == AF_INET6;
+
+	if (inet && sk_is_tcp(sk))
 		return SKOFF_REASON_NONE;
-	return sk->sk_protocol == IPPROTO_MPTCP ? SKOFF_REASON_MPTCP : SKOFF_REASON_NOT_TCP;
+	return inet && sk->sk_protocol == IPPROTO_MPTCP ? SKOFF_REASON_MPTCP : SKOFF_REASON_NOT_TCP;
 }
 
 /* The socket behind a descriptor, if the caller may move it. */
@@ -79,7 +90,7 @@ static long freeze_export(void __user *user)
 {
 	struct skoff_export call;
 	struct socket *sock;
-	int err = copy_call(&call, sizeof(call), user);
+	int err = copy_call(&call, sizeof(call), user, SKOFF_EXPORT_SIZE);
 
 	if (err)
 		return err;
@@ -99,11 +110,12 @@ static long import(void __user *user)
 {
 	struct skoff_import call;
 	struct socket *sock;
-	int err = copy_call(&call, sizeof(call), user);
+	int err = copy_call(&call, sizeof(call), user, SKOFF_IMPORT_SIZE);
 
 	if (err)
 		return err;
-	if (call.flags & ~(SKOFF_BIND | SKOFF_OPTIONS))
+	if (call.flags & ~(SKOFF_BIND | SKOFF_OPTIONS) ||
+	    memchr_inv(call.reserved, 0, sizeof(call.reserved)))
 		return -EINVAL;
 	sock = get_socket(call.fd, &call.reason);
 	if (IS_ERR(sock)) {
@@ -120,10 +132,12 @@ static long thaw(void __user *user)
 {
 	struct skoff_thaw call;
 	struct socket *sock;
-	int err = copy_call(&call, sizeof(call), user);
+	int err = copy_call(&call, sizeof(call), user, SKOFF_THAW_SIZE);
 
 	if (err)
 		return err;
+	if (call.reserved)
+		return -EINVAL;
 	sock = get_socket(call.fd, &call.reason);
 	if (IS_ERR(sock)) {
 		err = PTR_ERR(sock);
@@ -132,13 +146,12 @@ static long thaw(void __user *user)
 	lock_sock(sock->sk);
 	if (skoff_is_frozen(sock->sk)) {
 		skoff_thaw(sock->sk);
+		sk_detach_filter(sock->sk); /* if there is one */
 	} else {
 		call.reason = SKOFF_REASON_FROZEN;
 		err = -EOPNOTSUPP;
 	}
 	release_sock(sock->sk);
-	if (!err)
-		skoff_detach_filter(sock);
 	sockfd_put(sock);
 	return copy_answer(user, &call, sizeof(call)) ?: err;
 }

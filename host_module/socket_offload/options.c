@@ -92,13 +92,21 @@ int skoff_import_options(struct socket *sock, const struct skoff_snapshot *snaps
 	return err;
 }
 
-/* With room for the queues that come. Under the socket lock. */
+/*
+ * With room for the queues that come. A blob is no reason for more than autotuning or
+ * setsockopt(2) give. Under the socket lock.
+ */
 void skoff_import_buffers(struct sock *sk, const struct skoff_snapshot *snapshot)
 {
+	const struct netns_ipv4 *net = &sock_net(sk)->ipv4;
+	u32 most_send = max_t(u32, net->sysctl_tcp_wmem[2], 2 * sysctl_wmem_max);
+	u32 most_receive = max_t(u32, net->sysctl_tcp_rmem[2], 2 * sysctl_rmem_max);
 	u32 queued = snapshot->unacked_length + snapshot->unsent_length;
+	u32 send = min(snapshot->send_buffer, most_send);
+	u32 receive = min(snapshot->receive_buffer, most_receive);
 
-	WRITE_ONCE(sk->sk_sndbuf, max_t(u32, snapshot->send_buffer, 2 * queued + SZ_64K));
-	WRITE_ONCE(sk->sk_rcvbuf, max_t(u32, snapshot->receive_buffer, SOCK_MIN_RCVBUF));
+	WRITE_ONCE(sk->sk_sndbuf, max_t(u32, send, 2 * queued + SZ_64K));
+	WRITE_ONCE(sk->sk_rcvbuf, max_t(u32, receive, SOCK_MIN_RCVBUF));
 	sk->sk_userlocks &= ~SOCK_BUF_LOCK_MASK;
 	sk->sk_userlocks |= snapshot->buffer_lock & SOCK_BUF_LOCK_MASK;
 }

@@ -24,15 +24,13 @@ static inline bool skoff_in(int state, int states)
 	return BIT(state) & states;
 }
 
-/* freeze.c: all but attach_filter() and refused() under the socket lock */
+/* freeze.c: all but attach_filter() under the socket lock */
 int skoff_attach_filter(struct socket *sock, int filter);
-void skoff_detach_filter(struct socket *sock);
 void skoff_freeze(struct sock *sk);
 void skoff_thaw(struct sock *sk);
-void skoff_hush(struct sock *sk);
 void skoff_unblock(struct sock *sk);
-void skoff_block(struct sock *sk);
 bool skoff_is_frozen(const struct sock *sk);
+u32 skoff_unsuitable(struct sock *sk);
 u32 skoff_refused(struct sock *sk);
 
 /* export.c, import.c */
@@ -62,5 +60,6 @@ void skoff_import_buffers(struct sock *sk, const struct skoff_snapshot *snapshot
 /* warm.c */
 void skoff_export_warm(struct sock *sk, struct skoff_warm *warm);
 void skoff_import_warm(struct sock *sk, const struct skoff_snapshot *snapshot);
+void skoff_shift_congestion(struct sock *sk, u32 jiffies_by, u64 us_by);
 
 #endif

@@ -195,23 +195,32 @@ static void shift_bbr(struct bbr *bbr, u32 jiffies_by, u64 us_by)
 	bbr->lt_last_stamp += div_s64((s64)us_by, USEC_PER_MSEC);
 }
 
+/* The congestion control's clocks go on from a moment that was so long ago. */
+void skoff_shift_congestion(struct sock *sk, u32 jiffies_by, u64 us_by)
+{
+	struct inet_connection_sock *icsk = inet_csk(sk);
+
+	if (!strcmp(icsk->icsk_ca_ops->name, "cubic"))
+		shift_cubic((struct cubic *)icsk->icsk_ca_priv, jiffies_by, us_by);
+	else if (!strcmp(icsk->icsk_ca_ops->name, "bbr"))
+		shift_bbr((struct bbr *)icsk->icsk_ca_priv, jiffies_by, us_by);
+}
+
 static void import_private(struct sock *sk, const struct skoff_snapshot *snapshot)
 {
 	struct inet_connection_sock *icsk = inet_csk(sk);
 	const struct skoff_warm *warm = &snapshot->warm;
 	const char *name = icsk->icsk_ca_ops->name;
-	u64 us_by = clock_us() - warm->ca_clock_us;
-	u32 jiffies_by = tcp_jiffies32 - warm->ca_jiffies;
 
 	if (strncmp(name, snapshot->congestion, SKOFF_CA_NAME) || warm->ca_hz != HZ)
 		return;
-	if (!strcmp(name, "cubic")) {
+	if (!strcmp(name, "cubic"))
 		memcpy(icsk->icsk_ca_priv, warm->ca_private, sizeof(struct cubic));
-		shift_cubic((struct cubic *)icsk->icsk_ca_priv, jiffies_by, us_by);
-	} else if (!strcmp(name, "bbr") && !(((const struct bbr *)warm->ca_private)->bits[0] & 4)) {
+	else if (!strcmp(name, "bbr") && !(((const struct bbr *)warm->ca_private)->bits[0] & 4))
 		memcpy(icsk->icsk_ca_priv, warm->ca_private, sizeof(icsk->icsk_ca_priv));
-		shift_bbr((struct bbr *)icsk->icsk_ca_priv, jiffies_by, us_by);
-	}
+	else
+		return;
+	skoff_shift_congestion(sk, tcp_jiffies32 - warm->ca_jiffies, clock_us() - warm->ca_clock_us);
 }
 
 /* On an established socket whose congestion control has begun. Under the socket lock. */

@@ -376,3 +376,12 @@ def test_any_head_is_parsed_or_refused(head: bytes) -> None:
 
 def test_absolute_targets() -> None:
     assert parse_head(b"GET http://host:80/a%2Fb?c HTTP/1.1\r\nHost: x\r\n\r\n").path == b"a/b"
+
+
+def test_a_port_that_is_taken_is_said_with_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        assert media_server.main(["--root", str(tmp_path), "--host", "0.0.0.0", "--port", str(port)]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"media_server: port {port} is taken"
+    assert f"ss -ltnp 'sport = :{port}'" in second and "--port" in second

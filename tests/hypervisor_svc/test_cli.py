@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 from hypervisor_svc import __version__
 from hypervisor_svc.cli import app
 from hypervisor_svc.control import ControlError, ControlServer, call
+from tests.hypervisor_svc.test_advice import status
 
-COMMANDS = ("serve", "deploy", "undeploy", "attach", "status", "connections", "hand-back", "image", "module", "config")
+COMMANDS = ("serve", "check", "deploy", "undeploy", "attach", "detach", "status", "top", "connections", "relays", "hand-back",
+            "image", "module", "config", "man")  # fmt: skip
 
 
 def invoke(*arguments: str) -> Any:
@@ -94,7 +96,11 @@ def control_server(folder: Path) -> Iterator[None]:
         raise ValueError(f"no VM named {request['machine']!r}")
 
     async def main() -> None:
-        handlers = {"connections": lambda request: {"connections": []}, "hand_back": refuse}
+        handlers = {
+            "connections": lambda request: {"connections": []},
+            "hand_back": refuse,
+            "status": lambda request: status(),
+        }
         async with ControlServer(str(folder / "control.sock"), handlers):
             ready.set()
             await stop.wait()

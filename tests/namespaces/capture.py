@@ -24,6 +24,9 @@ FIN, SYN, RST, ACK = 1, 2, 4, 16
 _HALF, _U32 = 1 << 31, 0xFFFFFFFF
 _FILE_HEADER, _RECORD = 24, struct.Struct("=IIII")
 _ETHERNET = 14
+AT_ONCE = ("--immediate-mode", "-s", "80000", "-B", "262144")
+"""Of tcpdump(8): the kernel hands over each packet when it comes. Else it does once a second, and what came in the last one is lost
+when tcpdump ends. A packet takes up the whole snapshot length of the buffer (KiB)."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Packet:
 @contextlib.contextmanager
 def captured(where: Namespace | None, file: Path, device: str = "eth0") -> Iterator[None]:
     """Write what passes the device (of our own namespace, if None) to a pcap file meanwhile; everything is in it afterwards."""
-    argv = ["tcpdump", "-i", device, "-n", "-U", "-B", "65536", "-s", "0", "-w", str(file), "tcp"]
+    argv = ["tcpdump", "-i", device, "-n", "-U", *AT_ONCE, "-w", str(file), "tcp"]
     popen = subprocess.Popen if where is None else where.popen
     with popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as tcpdump:
         assert tcpdump.stderr is not None

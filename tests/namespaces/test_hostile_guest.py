@@ -16,7 +16,7 @@ from zlib import crc32
 
 import pytest
 
-from guest_agent.handoff.snapshot import Endpoint
+from guest_agent.handoff.snapshot import VERSION, Endpoint
 from guest_agent.handoff.wire import HELLO_TAG, MAX_BODY, MAX_HEADER, encode_frame
 from tests.client import make_content
 from tests.guest_agent.handoff.test_wire import prefix
@@ -284,7 +284,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"snapshot": None}, "bad_snapshot"),
     ({"snapshot": {"version": 0}}, "bad_version"),
     ({"snapshot": {"version": 999}}, "bad_version"),
-    ({"snapshot": {"version": 2}}, "bad_snapshot"),
+    ({"snapshot": {"version": VERSION}}, "bad_snapshot"),
 ]
 
 

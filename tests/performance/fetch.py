@@ -31,12 +31,12 @@ class Connection:
         self._socket = socket.create_connection((host, int(port)), TIMEOUT)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._buffer = memoryview(bytearray(1 << 20))
-        self._request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+        self._host, self._path = host, path
 
-    def get(self) -> tuple[float, float, int]:
-        """Seconds from the request to the last byte, the longest wait for a piece, and bytes of body."""
+    def get(self, path: str | None = None) -> tuple[float, float, int]:
+        """Seconds from the request to the last byte, the longest wait for a piece, and bytes of body. `path`: another."""
         begin = time.perf_counter()
-        self._socket.sendall(self._request)
+        self._socket.sendall(f"GET {path or self._path} HTTP/1.1\r\nHost: {self._host}\r\n\r\n".encode())
         left, body, before, longest = 1, 0, begin, 0.0
         head = b""
         while left:

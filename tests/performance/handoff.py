@@ -33,6 +33,8 @@ RATIO_LIMITS = {288_600: 0.80, 1_400_000: 0.95, 10_500_000: 0.98}
 SIDES = ("offload", "baseline")
 BASELINE_PORT = 81
 LINK = "1gbit"
+PAPER_MS = 1.9
+"""What a handoff out and home adds: Jeong 2015, section IV-B."""
 CAVEAT = (
     "Guest, host and client are network namespaces of one kernel: no virtual machine, no virtio, no network card; all"
     " processes share the processors, so absolute throughput says little and the difference between the sides much."
@@ -182,6 +184,8 @@ def plot(report: Report, path: Path) -> None:
         for side in SIDES:
             values = sorted(latencies(report.rows, side))
             left.plot([v / 1e3 for v in values], [(i + 1) / len(values) for i in range(len(values))], label=side)
+        paper = percentile(latencies(report.rows, "baseline"), 50) / 1e3 + PAPER_MS
+        left.axvline(paper, color="black", linestyle=":", label=f"baseline + {PAPER_MS} ms: Jeong 2015")
         left.set(xscale="log", xlabel="latency in ms", ylabel="share of requests", title=f"{LATENCY_SIZE} bytes")
         left.legend()
         megabytes = [size / 1e6 for size in RATIO_LIMITS]

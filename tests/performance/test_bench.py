@@ -7,12 +7,13 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.performance import bench, fanout, files, handoff, moves, overload, payload, peers, warm
+from tests.performance import bench, dash, dash_client, fanout, files, handoff, moves, overload, payload, peers, rtp, warm
 from tests.performance.bench import Bar, Report
 from tests.vm.setups import NAMES
 
@@ -118,14 +119,16 @@ def test_files_verdict(tmp_path: Path) -> None:
 def test_warm_verdict(seconds: float, holds: bool, tmp_path: Path) -> None:
     times = {"not offloaded": 1.0, "socket_offload": seconds, "tcp_repair": 2.0}
     rows = [
-        {"side": side, "loss": loss, "seconds": times[side], "windows": [(0.1, 10), (0.2, 20)]}
+        {"congestion": congestion, "side": side, "loss": loss, "seconds": times[side], "windows": [(0.1, 10), (0.2, 20)]}
+        for congestion in warm.CONGESTIONS
         for side in warm.SIDES
         for loss in warm.LOSSES
     ]
-    counters = {side: {"offloaded": 20} for side in warm.SIDES}
-    bars = warm.judge(rows, counters, warm.QUICK)
-    assert [bar.holds for bar in bars] == [holds, holds, True, True]
-    warm.plot(Report("warm", "none", rows=rows), tmp_path / "plot.png")
+    plan = replace(warm.QUICK, congestions=warm.CONGESTIONS)
+    counters = {congestion: {side: {"offloaded": 20} for side in warm.SIDES} for congestion in warm.CONGESTIONS}
+    bars = warm.judge(rows, counters, plan)
+    assert [bar.holds for bar in bars] == [holds] * 6 + [True] * 2
+    warm.plot(Report("warm", "none", rows=rows), tmp_path / "plot.png", plan)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -204,6 +207,59 @@ def test_a_peer_is_compared_by_what_was_delivered() -> None:
     assert not peers.verdicts(rows)[0].holds
     rows[0]["processor_seconds"] = 2
     assert peers.verdicts(rows)[0].holds
+
+
+@pytest.mark.parametrize("value", [7, "word", b"raw", {"b": 1, "a": {"c": "x"}}])
+def test_bencode_is_undone(value: rtp.Value) -> None:
+    raw = rtp.encode(value)
+    found, end = rtp.decode(raw)
+    assert end == len(raw)
+    assert rtp.encode(found) == raw
+    assert rtp.decode(b"d1:al1:x2:yyee")[0] == {"a": [b"x", b"yy"]}
+
+
+def test_rtp_verdict(tmp_path: Path) -> None:
+    facts = {"delivered": 1 << 30, "expected": 1 << 30, "memory_per_sink": 9}
+    costs = dict.fromkeys(rtp.SIDES, 2) | {"rtpengine": 4}
+    rows: list[dict[str, Any]] = [{"side": side, "processor_seconds": cost, **facts} for side, cost in costs.items()]
+    assert [(bar.value, bar.holds) for bar in rtp.verdicts(rows)] == [(2, True), (1, True)]
+    rows[0]["delivered"] -= 1
+    assert [bar.holds for bar in rtp.verdicts(rows)] == [True, False]
+    rtp.plot(Report("rtp", "none", rows=rows), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _films(**factors: float) -> list[dict[str, Any]]:
+    """Each side needs so many seconds for each ladder."""
+    sides = {**dict.fromkeys(dash.SIDES, 1.0), "vm": 2.0, **factors}
+    return [
+        {"ladder": ladder.name, "side": side, "clients": clients, "repeat": 0, "seconds": seconds}
+        for clients in (1, 50)
+        for ladder in dash.LADDERS
+        for side, seconds in sides.items()
+    ]
+
+
+@pytest.mark.parametrize(("offload", "short"), [(1.02, 0), (1.05, 4), (1.2, 8)])
+def test_dash_verdict(offload: float, short: int, tmp_path: Path) -> None:
+    rows = _films(offload=offload)
+    bars = dash.judge(rows, {"offloaded": 99, "failed": 0, "local": {"too_small": 500, "table_full": 1}})
+    assert sum(not bar.holds for bar in bars) == short
+    assert bars[-1].value == 0.99 and len(bars) == 9
+    dash.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_dash_client_reads_what_we_and_ffmpeg_write() -> None:
+    ladder = dash.LADDERS[0]
+    film = dash_client.parse(dash.manifest(ladder).encode())
+    assert len(film.segments) == ladder.segments
+    assert (film.segments[0], film.segments[-1]) == ("segment-001.m4s", "segment-040.m4s")
+    template = '<SegmentTemplate timescale="12800" duration="192000" startNumber="5" media="s-$Number$.m4s"/>'
+    text = f'<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" mediaPresentationDuration="PT1M0.1S"><Period>{template}</Period></MPD>'
+    assert dash_client.parse(text.encode()).segments == ("s-5.m4s", "s-6.m4s", "s-7.m4s", "s-8.m4s", "s-9.m4s")
+    with pytest.raises(ValueError, match="not a static manifest"):
+        dash_client.parse(b"<MPD/>")
 
 
 @pytest.mark.root

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What it costs a distant client that its connection goes out and comes home with every segment: not at all offloaded, with
-the `socket_offload` module, and with `tcp_repair`, in turn, in one VM.
+the `socket_offload` module, and with `tcp_repair`, in turn, in one VM; by each congestion control.
 
     ./run bench warm [--json FILE] [--plot FILE] [--quick]
 
@@ -36,11 +36,13 @@ SIZE = 1_400_000
 SIDES = {"not offloaded": "", "socket_offload": "socket_offload/socket_offload", "tcp_repair": "tcp_repair/tcp_repair"}
 LOSSES = (0.0, 0.5)
 """Percent."""
+CONGESTIONS = ("cubic", "bbr", "reno")
 LIMIT = 1.03
 ROUND_TRIP_MS, RATE = 50, "100mbit"
 CAVEAT = (
     "Three network namespaces in one VM, whose processor is emulated and whose clock counts its instructions, one a nanosecond:"
-    " delays and processor time stand in proportion, on a slow machine. Loss is regular, and comes behind the slow link."
+    " delays and processor time stand in proportion, on a slow machine. Loss is not random: it takes every 200th packet of data, so"
+    " that all sides lose equally, and it comes behind the slow link."
 )
 LOSS = """
 table netdev loss
@@ -56,15 +58,16 @@ table netdev loss {{
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
+    """How much is measured. `timeout`: seconds for one congestion control."""
 
     segments: int
     repeats: int
-    timeout: float
+    timeout: float = 1800
+    congestions: tuple[str, ...] = CONGESTIONS
 
 
-FULL = Plan(segments=30, repeats=3, timeout=1800)
-QUICK = Plan(segments=10, repeats=1, timeout=600)
+FULL = Plan(segments=30, repeats=3)
+QUICK = Plan(segments=10, repeats=1, congestions=CONGESTIONS[:1])
 
 CLIENT = """
 import json, socket, sys, time
@@ -101,6 +104,12 @@ def shape(network: Network, loss: float) -> None:
     netem = ("tc", "qdisc", "replace", "dev")
     network.host.run(*netem, "hc", "root", "netem", "delay", half, "rate", RATE, "limit", "2000")
     network.client.run(*netem, "eth0", "root", "netem", "delay", half, "limit", "10000")
+
+
+def choose(network: Network, congestion: str) -> None:
+    """For connections that begin from now on. The one of the host is the guest's, if it takes the connection over."""
+    for where in (network.guest, network.host):
+        where.run("sysctl", "-qw", f"net.ipv4.tcp_congestion_control={congestion}")
 
 
 def run_once(deployment: Deployment, plan: Plan) -> dict[str, Any]:
@@ -144,21 +153,30 @@ def deployments(folder: Path) -> Iterator[dict[str, Deployment]]:
 
 
 def inside(plan: Plan) -> None:
-    """Print the rows and what the media servers counted."""
-    rows = []
+    """Print the rows and what the media servers counted, for one congestion control."""
+    (congestion,) = plan.congestions
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, deployments(Path(folder)) as sides:
+        for deployment in sides.values():
+            choose(deployment.network, congestion)
         for loss in LOSSES:
             for deployment in sides.values():
                 shape(deployment.network, loss)
             for repeat in range(plan.repeats):
                 for side, deployment in sides.items():
-                    rows.append({"side": side, "loss": loss, "repeat": repeat, **run_once(deployment, plan)})
-                    print(side, loss, round(rows[-1]["seconds"], 3), flush=True)
+                    found = run_once(deployment, plan)
+                    rows.append({"congestion": congestion, "side": side, "loss": loss, "repeat": repeat, **found})
+                    print(congestion, side, loss, round(found["seconds"], 3), flush=True)
         counters = {side: deployment.counters() for side, deployment in sides.items()}
     counted.tell({"rows": rows, "media_servers": counters})
 
 
 # Judging: pure.
+
+
+def of(rows: Sequence[dict[str, Any]], congestion: str) -> list[dict[str, Any]]:
+    """By one congestion control."""
+    return [row for row in rows if row["congestion"] == congestion]
 
 
 def seconds(rows: Sequence[dict[str, Any]], side: str, loss: float) -> list[float]:
@@ -171,54 +189,75 @@ def ratio(rows: Sequence[dict[str, Any]], side: str, loss: float) -> float:
     return statistics.median(seconds(rows, side, loss)) / statistics.median(seconds(rows, "not offloaded", loss))
 
 
-def judge(rows: Sequence[dict[str, Any]], counters: dict[str, Any], plan: Plan) -> list[Bar]:
-    """The bars of the issue."""
+def judge(rows: Sequence[dict[str, Any]], counters: dict[str, dict[str, Any]], plan: Plan) -> list[Bar]:
+    """The bars of the issue. `counters`: of each congestion control, by side."""
     bars = [
-        Bar(f"total time, socket_offload, {loss:g} % loss", ratio(rows, "socket_offload", loss), "of not offloaded", LIMIT, "<=")
+        Bar(
+            f"total time, socket_offload, {congestion}, {loss:g} % loss",
+            ratio(of(rows, congestion), "socket_offload", loss),
+            "of not offloaded",
+            LIMIT,
+            "<=",
+        )
+        for congestion in plan.congestions
         for loss in LOSSES
     ]
-    asked = plan.segments * plan.repeats * len(LOSSES)
+    asked = plan.segments * plan.repeats * len(LOSSES) * len(plan.congestions)
     for side in ("socket_offload", "tcp_repair"):
-        bars.append(Bar(f"segments that went out, {side}", counters[side]["offloaded"] / asked, "of all", 1, ">="))
+        out = sum(counters[congestion][side]["offloaded"] for congestion in plan.congestions)
+        bars.append(Bar(f"segments that went out, {side}", out / asked, "of all", 1, ">="))
     return bars
 
 
-def tables(report: Report) -> list[Table]:
-    """Every side, every loss."""
+def tables(report: Report, plan: Plan) -> list[Table]:
+    """Every congestion control, loss and side."""
     title = f"segments of {SIZE:,} bytes, {ROUND_TRIP_MS} ms, {RATE}"
-    table = Table("loss", "side", "total s (spread)", "of not offloaded", title=title)
-    for loss in LOSSES:
-        for side in SIDES:
-            median, spread = bench.median_and_spread(seconds(report.rows, side, loss))
-            table.add_row(f"{loss:g} %", side, f"{median:.2f} ({spread:.2f})", f"{ratio(report.rows, side, loss):.3f}")
+    table = Table("congestion", "loss", "side", "total s (spread)", "of not offloaded", title=title)
+    for congestion in plan.congestions:
+        rows = of(report.rows, congestion)
+        for loss in LOSSES:
+            for side in SIDES:
+                median, spread = bench.median_and_spread(seconds(rows, side, loss))
+                table.add_row(congestion, f"{loss:g} %", side, f"{median:.2f} ({spread:.2f})", f"{ratio(rows, side, loss):.3f}")
     return [table]
 
 
-def plot(report: Report, path: Path) -> None:
+def plot(report: Report, path: Path, plan: Plan) -> None:
     """The congestion window over time, one run of each side."""
-    with bench.drawing(path, columns=len(LOSSES)) as axes:
-        for axis, loss in zip(axes, LOSSES, strict=True):
+    cases = [(congestion, loss) for congestion in plan.congestions for loss in LOSSES]
+    with bench.drawing(path, columns=len(cases)) as axes:
+        for axis, (congestion, loss) in zip(axes, cases, strict=True):
+            rows = of(report.rows, congestion)
             for side in SIDES:
-                row = next(row for row in report.rows if (row["side"], row["loss"]) == (side, loss))
+                row = next(row for row in rows if (row["side"], row["loss"]) == (side, loss))
                 axis.plot([at for at, _ in row["windows"]], [window for _, window in row["windows"]], label=side)
-            axis.set(xlabel="seconds", ylabel="congestion window in segments", title=f"{loss:g} % loss")
+            axis.set(xlabel="seconds", ylabel="congestion window in segments", title=f"{congestion}, {loss:g} % loss")
             axis.legend()
+
+
+def measure(report: Report, plan: Plan, congestion: str) -> None:
+    """One congestion control, in a VM of its own, into the report."""
+    arguments = (str(plan.segments), str(plan.repeats), congestion)
+    found = counted.measure("tests.performance.warm", *arguments, timeout=plan.timeout)
+    report.rows += found["rows"]
+    report.details["media_servers"][congestion] = found["media_servers"]
 
 
 def main() -> int:
     """The benchmark."""
     if sys.argv[1:2] == ["--inside"]:
-        inside(QUICK if "--quick" in sys.argv else FULL)
+        segments, repeats, congestion = sys.argv[2:]
+        inside(Plan(int(segments), int(repeats), congestions=(congestion,)))
         return 0
     options = bench.arguments("what a handoff costs a distant client")
     plan = QUICK if options.quick else FULL
-    report = Report("warm", CAVEAT, details={"guest_kernel": counted.KERNEL})
-    found = counted.measure("tests.performance.warm", *(["--quick"] if options.quick else []), timeout=plan.timeout)
-    report.rows, report.details["media_servers"] = found["rows"], found["media_servers"]
-    report.bars = judge(report.rows, found["media_servers"], plan)
+    report = Report("warm", CAVEAT, details={"guest_kernel": counted.KERNEL, "media_servers": {}})
+    for congestion in plan.congestions:
+        measure(report, plan, congestion)
+    report.bars = judge(report.rows, report.details["media_servers"], plan)
     if options.plot:
-        plot(report, options.plot)
-    return bench.finish(report, options, tables(report))
+        plot(report, options.plot, plan)
+    return bench.finish(report, options, tables(report, plan))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def test_attach_and_detach_a_running_vm(connection: libvirt.virConnect, tmp_path
         assert machine is not None
         assert (machine.addresses, machine.share) == (("192.0.2.9",), None)
         again = attach.attach(connection, "stranger", share_directory=tmp_path, addresses=["192.0.2.9"])
-        assert again.parts == () and not again.restart_needed
+        assert again.parts == () and again.restart_needed  # still the machine that was started before
 
         domain.destroy()
         domain.create()
@@ -177,6 +177,5 @@ def test_vms_are_found_at_the_start_and_live(
 def test_a_trial_tells_whether_an_accelerator_works(tmp_path: Path) -> None:
     assert accelerator.runs_with("tcg")
     chosen = accelerator.choose(cache=tmp_path)
-    assert chosen == ("kvm" if accelerator.kvm_works() else "tcg")
+    assert chosen == ("tcg" if accelerator.kvm_obstacle() else "kvm")
     assert accelerator.choose(cache=tmp_path) == chosen
-    assert accelerator.choose("kvm", cache=tmp_path) == "kvm"

@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.host_module.socket_offload import across
 from tests.vm.other_kernel import ROOT, OtherKernel
 from vm_images import build, module
 
@@ -18,11 +21,18 @@ pytestmark = pytest.mark.root
 
 SERIES = ("6.1", "6.12")
 
+CELLS = {"6.1": "0/2", "6.12": "1/2"}
+"""Which half of the state matrix runs where; `-m long` runs all on both."""
 CROSS = {"6.1": "socket_offload/tcp_repair", "6.12": "tcp_repair/socket_offload"}
 """Guest's and host's backend; which kernel gets which mixed pair is nothing to them."""
 EVERY_BYTE = "every_byte and routed-nat-ipv4"
 CHOSEN = {"6.1": f"{EVERY_BYTE} or closes_its_side", "6.12": "every_byte and bridged-transparent-ipv6 or by_the_operator"}
 
+
+FOLDER, END_TO_END = "tests/host_module/socket_offload", "tests/namespaces/test_end_to_end.py"
+TWO_MINUTES = f"{FOLDER}/test_two_minutes.py"
+ACROSS = "tests.host_module.socket_offload.across"
+GIVE = f"{sys.executable} -m {ACROSS} give"
 
 RELAYED = {"6.1": "every_byte", "6.12": "stalls or operator"}
 
@@ -49,13 +59,47 @@ def test_sparse(series: str, name: str, tmp_path: Path) -> None:
     assert module.sparse(source, tree=build.headers(build.kernel(series)), directory=tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["socket_offload", "omss"])
+def test_checkpatch(name: str) -> None:
+    """The kernel's own style, by the newer kernel's script."""
+    assert module.checkpatch(ROOT / "host_module" / name, script=build.checkpatch("6.12")) == []
+
+
+@pytest.mark.parametrize("name", ["socket_offload", pytest.param("omss", marks=pytest.mark.long)])
+def test_dkms(name: str, tmp_path: Path) -> None:
+    """`dkms.conf` is what dkms(8) takes: it builds the module for a kernel, from a folder of the sources alone."""
+    found = build.kernel("6.12")
+    sources, trees = tmp_path / f"{name}-0.1.0", [f"--{tree}tree={tmp_path / tree}" for tree in ("dkms", "install")]
+    module.copy_sources(ROOT / "host_module" / name, sources)
+    shutil.copy(ROOT / "host_module" / name / "dkms.conf", sources)
+    for tree in ("dkms", "install"):
+        (tmp_path / tree).mkdir()
+    what = ["-m", name, "-v", "0.1.0", "-k", found.release, f"--kernelsourcedir={build.headers(found)}"]
+    subprocess.run(["dkms", "build", *what, f"--sourcetree={tmp_path}", *trees], check=True)
+    (built,) = (tmp_path / "dkms" / name).rglob(f"{name}.ko*")
+    told = subprocess.run(["modinfo", "-F", "vermagic", built], capture_output=True, text=True, check=True).stdout
+    assert told.split()[0] == found.release
+
+
+@pytest.fixture(scope="module")
+def gifts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one file a series: what that kernel printed, and among it the connections that it gave away (`across.py`)."""
+    return tmp_path_factory.mktemp("gifts")
+
+
 @pytest.mark.parametrize("series", SERIES)
-def test_socket_offload(series: str, tmp_path: Path) -> None:
-    """The state matrix, and the calls."""
-    text = run_inside(series, tmp_path / "output", pytest_command("tests/host_module/socket_offload"))
-    passed = re.search(r"(\d+) passed", text)
-    assert passed is not None
-    assert int(passed[1]) >= 228, "the state matrix alone has as many"
+def test_socket_offload(series: str, gifts: Path) -> None:
+    """Half of the state matrix, the calls, what frozen means; beside them two minutes frozen; and connections for the other
+    kernel."""
+    script = f"""{pytest_command(TWO_MINUTES)} > /run/two_minutes 2>&1 & waiter=$!
+        STREAMLIFT_CELLS={CELLS[series]} {pytest_command(FOLDER, "--ignore", TWO_MINUTES)}
+        wait $waiter || {{ cat /run/two_minutes; exit 1; }}
+        tail -1 /run/two_minutes
+        {GIVE}"""
+    text = run_inside(series, gifts / series, script)
+    suite, two_minutes = (int(count) for count in re.findall(r"(\d+) passed", text))
+    assert suite >= 114, "half of the state matrix alone has as many"
+    assert two_minutes == 1
 
 
 @pytest.mark.parametrize("series", SERIES)
@@ -81,25 +125,77 @@ def test_omss_for_five_minutes(series: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("series", SERIES)
-def test_end_to_end(series: str, tmp_path: Path) -> None:
-    """The main job in namespaces: by the module on both sides, then by one backend on each."""
-    suite = "tests/namespaces/test_end_to_end.py"
+def test_end_to_end(series: str, gifts: Path, tmp_path: Path) -> None:
+    """The main job in namespaces: by the module on both sides, then by one backend on each. Then what the other kernel gave away
+    goes on here, whichever backend gave it and takes it."""
+    (other,) = set(SERIES) - {series}
+    if not (gifts / other).exists():
+        run_inside(other, gifts / other, GIVE)
     script = f"""export STREAMLIFT_REQUESTS=150
-        STREAMLIFT_BACKENDS=socket_offload/socket_offload {pytest_command(suite, "-k", CHOSEN[series])}
-        STREAMLIFT_BACKENDS={CROSS[series]} {pytest_command(suite, "-k", EVERY_BYTE)}"""
+        STREAMLIFT_BACKENDS=socket_offload/socket_offload {pytest_command(END_TO_END, "-k", CHOSEN[series])}
+        STREAMLIFT_BACKENDS={CROSS[series]} {pytest_command(END_TO_END, "-k", EVERY_BYTE)}
+        {sys.executable} -m {ACROSS} take {gifts / other}"""
     text = run_inside(series, tmp_path / "output", script)
     assert "2 passed" in text and "1 passed" in text
+    assert f"{sum(len(across.takers(state, data)) for _, _, state, data in across.CELLS)} connections went on" in text
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("backends", ["socket_offload/socket_offload", *CROSS.values()])
+@pytest.mark.parametrize("series", SERIES)
+def test_the_whole_suite_end_to_end(series: str, backends: str, tmp_path: Path) -> None:
+    """By the module, and with each backend on either side."""
+    script = f"STREAMLIFT_REQUESTS=150 STREAMLIFT_BACKENDS={backends} {pytest_command(END_TO_END)}"
+    assert re.search(r"\d+ passed", run_inside(series, tmp_path / "output", script, timeout=3000))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("series", SERIES)
+def test_the_whole_state_matrix(series: str, tmp_path: Path) -> None:
+    """Every cell, to a new socket and in place."""
+    text = run_inside(series, tmp_path / "output", pytest_command(f"{FOLDER}/test_state.py"), timeout=800)
+    assert "229 passed" in text
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("series", SERIES)
+def test_two_hundred_loads(series: str, tmp_path: Path) -> None:
+    """And as many unloads, under traffic."""
+    script = f"STREAMLIFT_LOADS=200 {pytest_command(FOLDER, '-k', 'loads_and_unloads')}"
+    assert "1 passed" in run_inside(series, tmp_path / "output", script, timeout=800)
 
 
 def test_command_line(tmp_path: Path) -> None:
-    """`streamlift module` builds against installed headers, loads what it built, and knows it. One of them: an emulated compiler is
-    slow."""
+    """`streamlift module` builds against installed headers, loads what it built, and knows it. A module of another version, and a
+    kernel that lets nobody load one (lockdown), mean tcp_repair, and it is said why. One of them: an emulated compiler is slow."""
     tree = build.headers(build.kernel("6.12"))
     command = f"{sys.executable} -m hypervisor_svc module"
-    script = f"{command} build socket_offload --headers {tree}; {command} load socket_offload; {command} status --json"
+    script = f"""{command} build socket_offload --headers {tree}; {command} load socket_offload; {command} status --json
+        rmmod socket_offload; insmod {of_another_version(tree, tmp_path / "other")}; {command} status --json; rmmod socket_offload
+        mount -t securityfs none /sys/kernel/security; echo integrity > /sys/kernel/security/lockdown
+        ! {command} load socket_offload; {command} status --json"""
     output = tmp_path / "output"
     status = OtherKernel("6.12").run(["sh", "-c", f"set -e; {script}"], timeout=200, output=output)
     text = output.read_text()
     assert status == 0, text
-    facts = json.loads(text.splitlines()[-1])
-    assert [(one["built"], one["loaded"], one["used"]) for one in facts] == [(True, True, "socket_offload"), (False, False, "user")]
+    mine, other, locked = (json.loads(line) for line in text.splitlines() if line.startswith("["))
+    assert [(one["built"], one["loaded"], one["used"]) for one in mine] == [(True, True, "socket_offload"), (False, False, "user")]
+    assert other[0]["used"] == "tcp_repair" and "another version" in other[0]["why"]
+    assert locked[0]["used"] == "tcp_repair" and "not loaded" in locked[0]["why"]
+    assert "Operation not permitted" in text and "it has to be signed where Secure Boot is on" in text
+
+
+def of_another_version(tree: Path, folder: Path) -> Path:
+    """socket_offload.ko as a later program would know it."""
+    source, made = folder / "socket_offload", folder / "made"
+    module.copy_sources(ROOT / "host_module" / "socket_offload", source)
+    header = source / "uapi" / "socket_offload.h"
+    text = header.read_text(encoding="utf-8")
+    assert "SKOFF_VERSION\t\t1\n" in text
+    header.write_text(text.replace("SKOFF_VERSION\t\t1\n", "SKOFF_VERSION\t\t2\n"), encoding="utf-8")
+    made.mkdir()
+    module.build_module(source, tree=tree, directory=made)
+    return made / "socket_offload.ko"

@@ -15,8 +15,12 @@
  *
  * Frozen means: the socket sends nothing of its own, neither data nor ACK, no
  * retransmission, no keepalive, no window probe; send(2) and recv(2) on it
- * fail with EINVAL or EPERM. It takes in nothing as long as the filter given as `filter` is
- * attached. Its clock (TSval) stands still. A frozen socket belongs to whoever
+ * fail with EINVAL or EPERM. It takes in nothing as long as the filter given as
+ * `filter` is attached. Its clocks stand still: TSval, what its timers count, its
+ * congestion control's. ICMP is heard: a smaller path MTU is noted, and what was
+ * too large is sent again after the thaw. What the kernel does not refuse in repair
+ * mode is its holder's own doing: shutdown(2), TCP_NODELAY and TCP_CORK push what
+ * is queued. A frozen socket belongs to whoever
  * holds its descriptor, not to the process that froze it: if that dies, the
  * socket stays frozen (two copies may exist, two live owners never), and any
  * other process with a descriptor may thaw, abort, import or close it. Nothing
@@ -24,7 +28,9 @@
  *
  * All calls need CAP_NET_ADMIN in the network namespace of the socket. Numbers
  * are in the byte order of the machine. Structures grow at their end: `size`
- * says how much the caller knows, and what it does not know is left out.
+ * says how much the caller knows, and what it does not know is left out. A size
+ * below that of version 1 is refused, and so is one that tells what this kernel does
+ * not know (E2BIG). SKOFF_VERSION changes with the meaning of what is there.
  *
  * Errors of all calls:
  *	EBADF		`fd` is no open descriptor
@@ -71,6 +77,16 @@
 #define SKOFF_ECN			(1 << 11)	/* RFC 3168 was negotiated */
 #define SKOFF_KNOWN_FLAGS		((1 << 12) - 1)
 
+/*
+ * What sits on the connection (TCP_ULP): skoff_snapshot.upper_layer. The place is kept
+ * for kTLS; today only SKOFF_UPPER_NONE is taken, with no bytes. Anything else is
+ * refused with SKOFF_REASON_ULP, by FREEZE_EXPORT as by IMPORT. A module that can move
+ * a kind says so in skoff_handshake.features, without a new SKOFF_VERSION: who
+ * does not know the kind refuses the blob, and all else in it stays where it is.
+ */
+#define SKOFF_UPPER_NONE		0
+#define SKOFF_UPPER_TLS		1	/* keys, record numbers, records under way */
+
 #define SKOFF_CA_NAME		16
 #define SKOFF_CA_PRIVATE		104
 
@@ -115,6 +131,7 @@ struct skoff_warm {
  *	unacked_length bytes		sent, not acknowledged
  *	unsent_length bytes		queued, never sent
  *	the segments' bytes		in their order
+ *	upper_length bytes		of the upper layer
  *
  *	send	snd_una                                               receive  copied_seq
  *		|<-- unacked -->|<-- unsent -->|                               |<-- receive -->|
@@ -162,7 +179,8 @@ struct skoff_snapshot {
 	__u32 priority;
 	__u32 user_timeout;		/* milliseconds */
 	char congestion[SKOFF_CA_NAME];
-	__u32 reserved[2];		/* 0 */
+	__u32 upper_layer;		/* SKOFF_UPPER_* */
+	__u32 upper_length;		/* bytes */
 	struct skoff_warm warm;
 };
 
@@ -180,15 +198,21 @@ struct skoff_handshake {
 	__u32 snapshot_size;		/* out: sizeof(struct skoff_snapshot) */
 	__u32 segment_size;		/* out: sizeof(struct skoff_segment) */
 	__u32 kernel;			/* out: LINUX_VERSION_CODE */
-	__u32 features;			/* out: none yet */
+	__u32 features;			/* out: bit SKOFF_UPPER_*: this kind can be moved; none yet */
 };
+
+/* Of version 1; the numbers of the calls keep them. */
+#define SKOFF_HANDSHAKE_SIZE	24
+#define SKOFF_EXPORT_SIZE		32
+#define SKOFF_IMPORT_SIZE		56
+#define SKOFF_THAW_SIZE		16
 
 /*
  * SKOFF_FREEZE_EXPORT: under one lock, the socket is frozen and described. On any
  * error it is as it was. `filter` is a descriptor of an eBPF socket filter that
  * is attached first, or -1: the caller has seen to it that no packet comes.
- * ENOSPC: `length` says how much room the blob needs. SKOFF_OWN: a filter that is
- * attached already is the caller's own, and replaced.
+ * ENOSPC: `length` says how much room the blob needs. EBUSY: packets kept coming past
+ * the filter. SKOFF_OWN: a filter that is attached already is the caller's own, and replaced.
  */
 #define SKOFF_OWN			(1 << 0)
 
@@ -207,7 +231,9 @@ struct skoff_export {
  * frozen one that stands at the same ends with empty queues is completed in
  * place: the kernel knows the connection at every moment. Any other is rebuilt,
  * and unknown to the kernel meanwhile. On an error a frozen socket may be left
- * closed; its descriptor stays valid. With SKOFF_BIND the local end is `local` and
+ * closed, and is not frozen then; its descriptor stays valid. Buffers get what the
+ * blob says, but no more than anybody could have here (tcp_wmem, wmem_max; tcp_rmem,
+ * rmem_max). With SKOFF_BIND the local end is `local` and
  * `local_port` and not the snapshot's. SKOFF_OPTIONS: set its socket options too.
  * EADDRINUSE, EADDRNOTAVAIL, ENETUNREACH ... as bind(2) and connect(2).
  */
@@ -235,10 +261,11 @@ struct skoff_thaw {
 	__u32 reserved;
 };
 
-#define SKOFF_HANDSHAKE		_IOWR(0xb5, 0, struct skoff_handshake)
-#define SKOFF_FREEZE_EXPORT	_IOWR(0xb5, 1, struct skoff_export)
-#define SKOFF_IMPORT		_IOWR(0xb5, 2, struct skoff_import)
-#define SKOFF_THAW			_IOWR(0xb5, 3, struct skoff_thaw)
-#define SKOFF_ABORT		_IOWR(0xb5, 4, struct skoff_thaw)
+#define SKOFF_CALL(number, size)	_IOC(_IOC_READ | _IOC_WRITE, 0xb5, number, size)
+#define SKOFF_HANDSHAKE		SKOFF_CALL(0, SKOFF_HANDSHAKE_SIZE)
+#define SKOFF_FREEZE_EXPORT	SKOFF_CALL(1, SKOFF_EXPORT_SIZE)
+#define SKOFF_IMPORT		SKOFF_CALL(2, SKOFF_IMPORT_SIZE)
+#define SKOFF_THAW			SKOFF_CALL(3, SKOFF_THAW_SIZE)
+#define SKOFF_ABORT		SKOFF_CALL(4, SKOFF_THAW_SIZE)
 
 #endif

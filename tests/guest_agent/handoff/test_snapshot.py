@@ -13,15 +13,19 @@ from hypothesis import strategies as st
 
 from guest_agent.handoff.errors import GuestError, Reason
 from guest_agent.handoff.snapshot import Endpoint, after, decode, encode
-from tests.guest_agent.handoff.samples import SNAPSHOT
+from tests.guest_agent.handoff.samples import SNAPSHOT, contradictions
 
 GOLDEN = (
-    '{"version":2,"local":["192.0.2.10",80],"peer":["198.51.100.7",40000],"send_sequence":4294967280,'
+    '{"version":3,"local":["192.0.2.10",80],"peer":["198.51.100.7",40000],"send_sequence":4294967280,'
     '"receive_sequence":1000,"mss":1460,"send_scale":7,"receive_scale":10,"sack":true,"timestamps":true,'
     '"timestamp":123456,"timestamp_usec":false,"v4_mapped":false,"window":[1000,65535,65535,64000,1005],'
     '"options":[true,false,false,7200,75,9,87040,131072,0,0,0,0,0,"cubic"],"queues":[5,34,2],'
-    '"state":1,"fin_unsent":false,"fin_read":false,"segments":[],"warm":null}'
+    '"state":1,"fin_unsent":false,"fin_read":false,"segments":[],"warm":null,"upper_layer":null}'
 )
+
+
+ALONE = replace(SNAPSHOT, unacked=b"", unsent=b"")
+"""With nothing but a request in its queues: what contradicts itself is the change alone."""
 
 
 def through_json(header: dict[str, Any]) -> Any:
@@ -92,12 +96,30 @@ def test_bad_fields_are_refused(field: str, value: object) -> None:
     assert error.value.reason is Reason.BAD_SNAPSHOT
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, 999, "2", None])
+@pytest.mark.parametrize("version", [0, 1, 2, 4, 999, "3", None])
 def test_other_versions_are_refused(version: object) -> None:
     header, body = encode(SNAPSHOT)
     with pytest.raises(GuestError) as error:
         decode(header | {"version": version}, body)
     assert error.value.reason is Reason.BAD_VERSION
+
+
+@pytest.mark.parametrize("value", [1, {"kind": "tls"}, "tls", False])
+def test_the_place_of_ktls_is_empty(value: object) -> None:
+    """Who fills it is newer than we are: it is refused by its own reason, whatever it is."""
+    header, body = encode(SNAPSHOT)
+    with pytest.raises(GuestError) as error:
+        decode(header | {"upper_layer": value}, body)
+    assert error.value.reason is Reason.UPPER_LAYER
+
+
+@pytest.mark.parametrize("change", contradictions(ALONE), ids=str)
+def test_contradictions_are_refused(change: dict[str, Any]) -> None:
+    """The kernel refuses the same ones, alone: `tests/host_module/socket_offload/test_calls.py`."""
+    header, body = encode(replace(ALONE, **change))
+    with pytest.raises(GuestError) as error:
+        decode(through_json(header), body)
+    assert error.value.reason is Reason.BAD_SNAPSHOT
 
 
 def test_missing_and_unknown_fields_are_refused() -> None:

@@ -1,28 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nonsense for the module, for as long as you like: `python -m tests.host_module.socket_offload.fuzz --minutes 10`, in a VM with
-the module (`./run debug-kernel`). Mutated blobs, random calls on all kinds of descriptors, calls at once on one socket with a close
-in between. It says nothing of its own about the kernel's health: the kernel's log does."""
+the module (`./run debug-kernel`). Random and mutated blobs, random calls on all kinds of descriptors (of this and of another
+network namespace), calls at once on one socket beside an application that does as it likes, and a close during each call. It says
+nothing of its own about the kernel's health: the kernel's log does."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import fcntl
+import functools
 import os
 import random
 import socket
+import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from guest_agent.handoff import kernel, socket_offload
 from guest_agent.handoff.errors import NotMovable
 from guest_agent.handoff.snapshot import Snapshot
 from guest_agent.handoff.socket_offload import Device, pack
 from tests.guest_agent.handoff.loopback import KINDS
-from tests.host_module.socket_offload.connections import Pair, connected
+from tests.host_module.socket_offload.connections import Pair, connected, own_network
 
+FIXED = socket_offload._SNAPSHOT.size + socket_offload._WARM.size
+SIZES = {call: call >> 16 & 0x3FFF for call in (socket_offload.FREEZE_EXPORT, socket_offload.IMPORT, socket_offload.THAW)}
 CALLS = (socket_offload.FREEZE_EXPORT, socket_offload.IMPORT, socket_offload.THAW, socket_offload.ABORT, 0xC018B5FF)
+IPV6_ADDRFORM = 1
 QUIET = (NotMovable, OSError, ValueError)
 
 
@@ -33,6 +39,14 @@ def mutated(chosen: random.Random, good: bytes) -> bytes:
         blob[chosen.randrange(len(blob))] = chosen.choice((0, 1, 127, 128, 255, chosen.randrange(256)))
     if chosen.random() < 0.1:
         del blob[chosen.randrange(1, len(blob)) :]
+    return bytes(blob)
+
+
+def noise(chosen: random.Random) -> bytes:
+    """Random bytes; most begin with a size and flags that let the rest be looked at."""
+    blob = bytearray(chosen.randbytes(chosen.choice((0, 3, 4, 100, 500, 2000, 70_000))))
+    if chosen.random() < 0.8:
+        blob[:8] = struct.pack("=II", chosen.choice((8, 64, len(blob), FIXED)), chosen.choice((0, 0x87, 0xFFF, 0xFFFFFFFF)))
     return bytes(blob)
 
 
@@ -58,6 +72,8 @@ def descriptors() -> Iterator[list[int]]:
     """Of everything that is no connection, and of one that is."""
     with contextlib.ExitStack() as stack:
         pair = stack.enter_context(connected("ipv4"))
+        with own_network():
+            foreign = stack.enter_context(connected("ipv6"))
         others = [
             stack.enter_context(made)
             for made in (
@@ -65,21 +81,49 @@ def descriptors() -> Iterator[list[int]]:
                 socket.socket(socket.AF_UNIX),
                 socket.create_server(("127.0.0.1", 0)),
                 socket.socket(),
+                socket.socket(socket.AF_INET6),
                 socket.socket(socket.AF_INET, socket.SOCK_STREAM, kernel.IPPROTO_MPTCP),
             )
         ]
-        yield [pair.server.fileno(), pair.client.fileno(), *(sock.fileno() for sock in others), 0, -1, 99999]
+        sockets = (pair.server, pair.client, foreign.server, foreign.client, *others)
+        closed = os.dup(pair.server.fileno())
+        os.close(closed)
+        yield [*(sock.fileno() for sock in sockets), closed, 0, -1, 99999]
 
 
 def try_calls(device: Device, chosen: random.Random, count: int) -> None:
-    """Any number, any bytes, on any descriptor."""
+    """Any number, any bytes or zeros, on any descriptor: half of them of the right size."""
     with descriptors() as found:
         for _ in range(count):
-            call = bytearray(chosen.randbytes(64))
-            call[:4] = chosen.choice((0, 4, 16, 32, 56, 64, 1 << 20)).to_bytes(4, "little")
-            call[4:8] = chosen.choice(found).to_bytes(4, "little", signed=True)
+            number = chosen.choice(CALLS)
+            size = SIZES.get(number, 16) if chosen.random() < 0.5 else chosen.choice((0, 4, 16, 32, 56, 64, 1 << 20))
+            rest = chosen.randbytes(56) if chosen.random() < 0.5 else bytes(56)
+            call = bytearray(struct.pack("=Ii", size, chosen.choice(found)) + rest)
+            if number in (socket_offload.FREEZE_EXPORT, socket_offload.IMPORT) and chosen.random() < 0.5:
+                call[8:16] = struct.pack("=iI", -1, chosen.choice((0, 1, 2, 3)))  # no filter
             with contextlib.suppress(OSError):
-                fcntl.ioctl(device.fileno(), chosen.choice(CALLS), call)
+                fcntl.ioctl(device.fileno(), number, call)
+
+
+def behave(sock: socket.socket, chosen: random.Random) -> None:
+    """What an application may do with its socket at any time."""
+    options = (socket.TCP_NODELAY, socket.TCP_CORK, socket.TCP_USER_TIMEOUT)
+    act = chosen.choice(
+        (
+            lambda: sock.send(b"y", socket.MSG_DONTWAIT),
+            lambda: sock.recv(100, socket.MSG_DONTWAIT),
+            lambda: sock.shutdown(socket.SHUT_WR),
+            lambda: sock.setsockopt(socket.IPPROTO_TCP, chosen.choice(options), chosen.choice((0, 1))),
+            lambda: sock.setsockopt(socket.IPPROTO_TCP, kernel.TCP_ULP, b"tls"),
+            lambda: sock.setsockopt(socket.IPPROTO_IPV6, IPV6_ADDRFORM, socket.AF_INET),
+            lambda: sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, chosen.choice((b"bbr", b"reno", b"cubic"))),
+            lambda: kernel.disconnect(sock.fileno()),
+            lambda: sock.listen(),
+            lambda: sock.connect_ex(("127.0.0.1", 9)),
+        )
+    )
+    with contextlib.suppress(OSError):
+        act()
 
 
 def disturb(pair: Pair, snapshot: Snapshot, chosen: random.Random, *, close: bool) -> None:
@@ -89,6 +133,8 @@ def disturb(pair: Pair, snapshot: Snapshot, chosen: random.Random, *, close: boo
         call = chosen.choice((mine.freeze_export, mine.thaw, mine.abort, lambda sock: mine.import_into(sock, snapshot)))
         with contextlib.suppress(*QUIET):
             call(pair.server)
+        if chosen.random() < 0.1:
+            behave(pair.server, chosen)
         if close and chosen.random() < 0.02:
             pair.server.close()
     mine.close()
@@ -111,6 +157,28 @@ def try_at_once(device: Device, chosen: random.Random) -> None:
             thread.join()
 
 
+def try_close(device: Device, chosen: random.Random) -> None:
+    """The last descriptor is closed during each of the calls: the call is the last who knows the socket."""
+    for name in ("freeze_export", "import", "thaw", "abort"):
+        with connected(chosen.choice(sorted(KINDS))) as pair:
+            pair.hear(os.urandom(3000))
+            snapshot = device.freeze_export(pair.server)
+            if name == "freeze_export":
+                device.abort(pair.server)
+            calls: dict[str, Callable[[socket.socket], object]] = {
+                "freeze_export": device.freeze_export,
+                "import": functools.partial(device.import_into, snapshot=snapshot),
+                "thaw": device.thaw,
+                "abort": device.abort,
+            }
+            closer = threading.Timer(chosen.choice((0, 0, 0.0001, 0.0005, 0.001)), pair.server.close)
+            closer.start()
+            for _ in range(10):
+                with contextlib.suppress(*QUIET):
+                    calls[name](pair.server)
+            closer.join()
+
+
 def good_blob(device: Device) -> bytes:
     """Of a connection with something in its queues."""
     with connected("ipv4") as pair:
@@ -131,10 +199,12 @@ def main() -> int:
         good = good_blob(device)
         for _ in range(500):
             taken += try_blob(device, chosen, mutated(chosen, good))
+            try_blob(device, chosen, noise(chosen))
         try_calls(device, chosen, 500)
         for _ in range(5):
             try_at_once(device, chosen)
-        tried += 1005
+            try_close(device, chosen)
+        tried += 1525
     print(f"{tried} attempts, {taken} blobs were taken")
     return 0 if taken else 1
 

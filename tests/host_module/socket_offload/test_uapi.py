@@ -37,6 +37,20 @@ def test_sizes_and_offsets(tmp_path: Path) -> None:
     assert compiled(HEADER, tmp_path, reasons) == [28, 28]
 
 
+def test_the_numbers_of_the_calls_keep_the_sizes_of_version_1(tmp_path: Path) -> None:
+    """A structure may grow; who knows only its beginning still calls the same number."""
+    sizes = compiled(HEADER, tmp_path, [f"SKOFF_{name}_SIZE" for name in ("HANDSHAKE", "EXPORT", "IMPORT", "THAW")])
+    assert sizes == [24, 32, 56, 16]
+
+
+def test_the_place_of_ktls(tmp_path: Path) -> None:
+    """At the end of the fixed part, before the warm state; zero is nothing, and nobody says yet that he can move another kind."""
+    places = ["offsetof(struct skoff_snapshot, upper_layer)", "offsetof(struct skoff_snapshot, upper_length)", "SKOFF_UPPER_TLS"]
+    end = socket_offload._SNAPSHOT.size
+    assert compiled(HEADER, tmp_path, places) == [end - 8, end - 4, 1]
+    assert (compiled(HEADER, tmp_path, ["SKOFF_UPPER_NONE"])[0], 0) == socket_offload.NO_UPPER_LAYER
+
+
 def test_limits(tmp_path: Path) -> None:
     limits = ["SKOFF_MAX_QUEUE", "SKOFF_MAX_SEGMENTS", "SKOFF_CA_PRIVATE"]
     assert compiled(HEADER, tmp_path, limits) == [MAX_QUEUE, MAX_SEGMENTS, PRIVATE_SIZE]
@@ -50,7 +64,7 @@ def test_the_warm_state_has_the_fields_of_the_header_in_its_order() -> None:
 
 def test_the_options_are_in_the_order_of_the_header() -> None:
     """They are packed and unpacked by position."""
-    body = TEXT.split("/* Socket options, as setsockopt(2) takes them. */")[1].split("};")[0]
+    body = TEXT.split("/* Socket options, as setsockopt(2) takes them. */")[1].split("char congestion")[0]
     names = re.findall(r"__u32 (\w+);", body)
     assert names == [field.name for field in fields(Options)][3:-1]
 
