@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.namespaces.deployment import LIVE_PORT, Deployment, deployed, wait_for
-from tests.namespaces.test_relay import encoder, relay
+from tests.namespaces.test_relay import encoder, mounts, relay
 from tests.namespaces.topology import routed
 
 pytestmark = pytest.mark.root
@@ -35,15 +35,8 @@ def live(tmp_path: Path) -> Iterator[Deployment]:
     """A live server in the guest."""
     (tmp_path / "share").mkdir()
     with routed() as network, deployed(network, tmp_path, tmp_path / "share", live=True) as deployment:
-        wait_for(lambda: _answers(deployment), "the live server")
+        wait_for(lambda: mounts(deployment) is not None, "the live server")
         yield deployment
-
-
-def _answers(live: Deployment) -> bool:
-    with contextlib.suppress(OSError), live.network.client.entered():
-        socket.create_connection((live.network.guest_address[4], LIVE_PORT), timeout=5).close()
-        return True
-    return False
 
 
 def numbers(first: int, count: int) -> bytes:
@@ -169,7 +162,7 @@ class Crowd:
 def disturbed(live: Deployment, seconds: float, seed: int) -> None:
     """The whole of it."""
     with encoder(live.network, "/numbers") as source, contextlib.closing(Crowd(live, seed)) as crowd:
-        wait_for(lambda: live.call("relays")["relays"], "the relay")
+        wait_for(lambda: mounts(live), "the mount")
         for _ in range(STEADY):
             crowd.join(steady=True)
         wait_for(lambda: relay(live)["sink_count"] == STEADY, "the steady are sinks")
