@@ -5,6 +5,7 @@ hears its power button. A root shell on its second serial port is how the test t
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import socket
 import subprocess
@@ -58,6 +59,7 @@ StandardInput=tty-force
 StandardOutput=tty
 StandardError=tty
 TTYPath=/dev/ttyS1
+KillSignal=SIGKILL
 Restart=always
 [Install]
 WantedBy=multi-user.target
@@ -105,9 +107,8 @@ class OwnMachine:
             terminal.settimeout(seconds)
             terminal.connect(str(self._shell))
             terminal.sendall(f"{{ {command} ; }} 2>&1; echo ended=$?=\n".encode())
-            said = _read_until(terminal, time.monotonic() + seconds)
-        words, _, status = said.rpartition("ended=")
-        if status.strip("=\r\n") != "0":
+            words, status = _read_until(terminal, time.monotonic() + seconds)
+        if status != 0:
             raise RuntimeError(f"{command}: {words}")
         return words
 
@@ -122,13 +123,14 @@ class OwnMachine:
         wait_for(answers, seconds=60, what="the VM's shell")
 
 
-def _read_until(terminal: socket.socket, deadline: float) -> str:
-    said = b""
-    while not said.rstrip().endswith(b"=") or b"ended=" not in said:
+def _read_until(terminal: socket.socket, deadline: float) -> tuple[str, int]:
+    """What was said, and the exit status; a prompt may stand around both."""
+    said = ""
+    while (end := re.search(r"ended=(\d+)=", said)) is None:
         if time.monotonic() > deadline:
-            raise TimeoutError(said.decode(errors="replace"))
-        said += terminal.recv(4096)
-    return said.decode(errors="replace")
+            raise TimeoutError(said)
+        said += terminal.recv(4096).decode(errors="replace")
+    return said[: end.start()], int(end[1])
 
 
 @contextlib.contextmanager
