@@ -52,6 +52,14 @@ def test_every_benchmark_is_found_and_the_time_is_shared() -> None:
         suite.discover(300, ["nothing"])
 
 
+def test_no_part_takes_the_others_their_time() -> None:
+    one, others = Benchmark("one", "it", 10), [Benchmark("other", "it", 20), Benchmark("third", "it", 20)]
+    assert suite.allowed(one, others, 50) == 30  # half of theirs is spare
+    assert suite.allowed(one, others, 25) == 10
+    assert suite.allowed(one, others, 4) == 4
+    assert suite.allowed(one, [], -1) == 0.1
+
+
 def test_the_shell_lists_the_same(tmp_path: Path) -> None:
     listed = "grep -l 'bench\\.arguments' tests/performance/*.py | sed 's|.*/||; s|\\.py$||'"
     words = subprocess.run(["sh", "-c", listed], cwd=bench.ROOT, capture_output=True, text=True, check=True).stdout.split()
