@@ -143,7 +143,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
 @pytest.mark.root
 def test_one_part_measured_then_resumed(tmp_path: Path) -> None:
     """The real thing, with the cheapest part; the second run measures nothing."""
-    argv = [sys.executable, "-m", "tests.performance.suite", "--out", str(tmp_path), "--quick", "--only", "overload"]
+    argv = [sys.executable, "-m", "tests.performance.suite", "--out", str(tmp_path), "--quick", "--only", "handoff"]
     reports = []
     for _ in range(2):
         done = subprocess.run(argv, cwd=bench.ROOT, capture_output=True, text=True, check=False)
