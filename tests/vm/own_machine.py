@@ -134,8 +134,8 @@ def _read_until(terminal: socket.socket, deadline: float) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def own_machine(host: LibvirtHost) -> Iterator[OwnMachine]:
-    """Defined and running, on the NAT network that libvirt comes with."""
+def own_machine(host: LibvirtHost, *, runs: bool) -> Iterator[OwnMachine]:
+    """Defined, and running or off, on the NAT network that libvirt comes with."""
     made, folder = build(), host.machines / NAME
     folder.mkdir()
     disk, shell = folder / "disk.qcow2", folder / "shell.sock"
@@ -147,8 +147,11 @@ def own_machine(host: LibvirtHost) -> Iterator[OwnMachine]:
         places = {"name": NAME, "kernel": made.kernel, "initrd": made.initrd, "disk": disk, "folder": folder, "shell": shell}
         domain = connection.defineXML(DOMAIN.format(**places))
         try:
-            domain.create()
-            yield OwnMachine(domain, shell)
+            machine = OwnMachine(domain, shell)
+            if runs:
+                domain.create()
+                machine.wait_booted()
+            yield machine
         finally:
             with contextlib.suppress(libvirt.libvirtError):
                 domain.destroy()
