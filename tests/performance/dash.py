@@ -254,7 +254,8 @@ def tables(rows: Sequence[dict[str, Any]], accelerator: str) -> list[Table]:
     """Elapsed times by load."""
     found = []
     for clients in loads_of(rows):
-        shown = Table("ladder", *names(accelerator).values(), title=f"elapsed seconds, median (spread); {clients} clients", title_justify="left")
+        title = f"elapsed seconds, median (spread); {clients} clients"
+        shown = Table("ladder", *names(accelerator).values(), title=title, title_justify="left")
         for ladder in LADDERS:
             medians = [bench.median_and_spread(seconds(rows, ladder.name, side, clients)) for side in SIDES]
             shown.add_row(f"{ladder.name}, {ladder.rate}", *(f"{median:.2f} ({spread:.2f})" for median, spread in medians))
