@@ -97,7 +97,8 @@ def measure(benchmark: Benchmark, folder: Path, *, quick: bool, budget: float) -
     begun = time.monotonic()
     with log.open("wb") as output:
         status = _run(argv, output, budget)
-    facts: dict[str, Any] = {"name": benchmark.name, "shows": benchmark.shows, "command": ["python", *argv[1:]]}
+    command = ["./run", "bench", benchmark.name, *(["--quick"] if quick else [])]
+    facts: dict[str, Any] = {"name": benchmark.name, "shows": benchmark.shows, "command": command}
     facts |= {"seconds": round(time.monotonic() - begun, 1), "budget_seconds": round(benchmark.budget, 1)}
     if status in (0, bench.FALLS_SHORT):
         with contextlib.suppress(OSError, ValueError):
