@@ -38,8 +38,24 @@ class _Commands(TyperGroup):
             raise fail(str(error), f"make room: df -h {error.filename or '/'}") from None
 
 
+def examples(*lines: str) -> str:
+    """The last part of a command's help: what it looks like when it is typed."""
+    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
+
+
 app = typer.Typer(
-    cls=_Commands, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog=examples(
+        "sudo streamlift check                              # is this machine ready?",
+        "sudo streamlift serve                              # the service; systemd runs it too",
+        "sudo streamlift deploy tv1 --share /srv/media      # a VM whose server uses it",
+        "sudo streamlift attach myvm --share /srv/media --address 192.168.122.50 --restart",
+        "sudo streamlift top                                # what goes on",
+    ),
 )
 image_app = typer.Typer(no_args_is_help=True, help="Guest images.")
 app.add_typer(image_app, name="image")
@@ -60,11 +76,6 @@ def fail(message: str, hint: str = "", *, code: int = 1) -> typer.Exit:
     if hint:
         typer.echo(f"  {hint}", err=True)
     return typer.Exit(code)
-
-
-def examples(*lines: str) -> str:
-    """The last part of a command's help: what it looks like when it is typed."""
-    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
 
 
 def _config() -> Config:

@@ -104,7 +104,7 @@ static int transmit(struct omss_sink *sink, const struct bio_vec *frag, unsigned
 	bool shared = shares(sink, bytes);
 	int sent = 0;
 
-	if (shared && !segment && !sink->member.stream)
+	if (shared && bytes && !segment && !sink->member.stream)
 		sent = omss_send_datagram(sink->member.sk, frag, frags, bytes);
 	if (!sent)
 		sent = send_message(sink->member.sk, frag, frags, bytes, segment, shared);

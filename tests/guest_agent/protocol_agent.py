@@ -48,6 +48,7 @@ class ProtocolAgent:
         self.connections = 0
         self.presence = "here"
         self.let_go = threading.Event()
+        self.answered = threading.Event()
         self._attending: set[socket.socket] = set()
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
@@ -132,6 +133,8 @@ class ProtocolAgent:
         if answer is None:
             return False
         connection.send(json.dumps({**answer, "id": request["id"]}).encode())
+        if request["op"] != "status":
+            self.answered.set()
         return True
 
     def _attend(self, connection: socket.socket, operation: str) -> None:

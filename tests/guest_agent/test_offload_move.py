@@ -53,6 +53,8 @@ def _stops(agent: ProtocolAgent, request: Message, fds: list[int]) -> Message:
 
 
 def _return_soon(agent: ProtocolAgent) -> None:
+    """As an agent does, when everybody has heard how it went, and has let go."""
+    agent.answered.wait(10)
     agent.let_go.wait(10)
     agent.tell("here")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.namespaces.deployment import LIVE_PORT, Deployment, deployed, wait_for
-from tests.namespaces.test_relay import encoder, relay
+from tests.namespaces.test_relay import encoder, mounts, relay
 from tests.namespaces.topology import routed
 
 pytestmark = pytest.mark.root
@@ -35,15 +35,8 @@ def live(tmp_path: Path) -> Iterator[Deployment]:
     """A live server in the guest."""
     (tmp_path / "share").mkdir()
     with routed() as network, deployed(network, tmp_path, tmp_path / "share", live=True) as deployment:
-        wait_for(lambda: _answers(deployment), "the live server")
+        wait_for(lambda: mounts(deployment) is not None, "the live server")
         yield deployment
-
-
-def _answers(live: Deployment) -> bool:
-    with contextlib.suppress(OSError), live.network.client.entered():
-        socket.create_connection((live.network.guest_address[4], LIVE_PORT), timeout=5).close()
-        return True
-    return False
 
 
 def numbers(first: int, count: int) -> bytes:
@@ -146,6 +139,11 @@ class Crowd:
         self.others.remove(one)
         self.seen += one.taken
 
+    def all_leave(self) -> None:
+        """But the steady."""
+        while self.others:
+            self.leave(self.others[0], reset=self.chance.random() < 0.5)
+
     def read(self, seconds: float) -> None:
         """Everybody who does not stall."""
         until = time.monotonic() + seconds
@@ -164,19 +162,20 @@ class Crowd:
 def disturbed(live: Deployment, seconds: float, seed: int) -> None:
     """The whole of it."""
     with encoder(live.network, "/numbers") as source, contextlib.closing(Crowd(live, seed)) as crowd:
-        wait_for(lambda: live.call("relays")["relays"], "the relay")
+        wait_for(lambda: mounts(live), "the mount")
         for _ in range(STEADY):
             crowd.join(steady=True)
         wait_for(lambda: relay(live)["sink_count"] == STEADY, "the steady are sinks")
         sent, end = 0, time.monotonic() + seconds
-        while time.monotonic() < end:
-            source.sendall(numbers(sent, BLOCK // WORD))
+        while time.monotonic() < end or relay(live)["sink_count"] > STEADY:
+            assert time.monotonic() < end + 30, "those that left are gone"
+            source.sendall(numbers(sent, BLOCK // WORD))  # a client that is gone is noticed when something is sent to it
             sent += BLOCK // WORD
-            crowd.disturb()
+            if time.monotonic() < end:
+                crowd.disturb()
+            else:
+                crowd.all_leave()
             crowd.read(PAUSE)
-        while crowd.others:
-            crowd.leave(crowd.others[0], reset=crowd.chance.random() < 0.5)
-        wait_for(lambda: relay(live)["sink_count"] == STEADY, "those that left are gone", patience=30)
         source.shutdown(socket.SHUT_WR)
         patience = time.monotonic() + 30
         while not all(one.over for one in crowd.steady):

@@ -47,11 +47,11 @@ def share(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def live(tmp_path: Path, share: Path) -> Iterator[Deployment]:
     with routed() as network, deployed(network, tmp_path, share, live=True) as deployment:
-        wait_for(lambda: _mounts(deployment) is not None, "the live server")
+        wait_for(lambda: mounts(deployment) is not None, "the live server")
         yield deployment
 
 
-def _mounts(deployment: Deployment, address: str = "10.77.1.2") -> Any:
+def mounts(deployment: Deployment, address: str = "10.77.1.2") -> Any:
     try:
         return json.loads(deployment.network.client.run("curl", "-sf", "-m", "5", f"http://{address}:{LIVE_PORT}/"))["mounts"]
     except (RuntimeError, ValueError):
@@ -124,7 +124,7 @@ def test_every_byte_to_every_listener(live: Deployment, tmp_path: Path, family: 
     body = BEGIN.encode() + b"".join(blocks)
     with capture.captured(network.client, tmp_path / "link.pcap"):
         with encoder(network, "/radio", family=family) as source:
-            wait_for(lambda: _mounts(live), "the mount")
+            wait_for(lambda: mounts(live), "the mount")
             with listeners(live, "/radio", count, begin=BEGIN, family=family) as process:
                 wait_for(lambda: relay(live)["sink_count"] == count, "all are sinks")
                 source.sendall(BEGIN.encode())
@@ -141,7 +141,7 @@ def test_every_byte_to_every_listener(live: Deployment, tmp_path: Path, family: 
     assert row["out"]["turns"] < row["out"]["entries"], "the latency budget made fewer sends"
     wait_for(lambda: not live.call("connections")["connections"], "all are home")
     assert live.call("relays")["relays"] == []
-    wait_for(lambda: _mounts(live) == [], "the mount is gone")
+    wait_for(lambda: mounts(live) == [], "the mount is gone")
     assert live.machine()["handed_out"] == live.machine()["handed_back"] + live.machine()["failed"] == count + 1
     servers = {(network.guest_address[family], LIVE_PORT)}
     assert capture.judge(capture.read(tmp_path / "link.pcap"), servers) == []
@@ -153,7 +153,7 @@ def test_two_thousand_listeners(live: Deployment, family: int) -> None:
     network, count = live.network, 2000
     body = BEGIN.encode() + os.urandom(400_000)
     with encoder(network, "/radio", family=family) as source:
-        wait_for(lambda: _mounts(live), "the mount")
+        wait_for(lambda: mounts(live), "the mount")
         with listeners(live, "/radio", count, begin=BEGIN, family=family) as process:
             wait_for(lambda: relay(live)["sink_count"] == count, "all are sinks", patience=60)
             for at in range(0, len(body), 40_000):
@@ -181,7 +181,7 @@ def test_a_listener_that_stalls_or_leaves_harms_nobody(live: Deployment) -> None
     network = live.network
     body = BEGIN.encode() + os.urandom(30_000_000)
     with encoder(network, "/radio") as source:
-        wait_for(lambda: _mounts(live), "the mount")
+        wait_for(lambda: mounts(live), "the mount")
         with network.client.entered():
             stalled, gone = (socket.create_connection((network.guest_address[4], LIVE_PORT), timeout=20) for _ in range(2))
         with listeners(live, "/radio", 20, begin=BEGIN) as process, stalled, gone:
@@ -226,7 +226,7 @@ def test_real_encoder_and_player(live: Deployment, tmp_path: Path) -> None:
         "mpegts",
     ]
     with network.client.popen([*argv, "-content_type", "video/mp2t", target]) as encoding:
-        wait_for(lambda: _mounts(live), "the mount")
+        wait_for(lambda: mounts(live), "the mount")
         curls = [network.client.popen(["curl", "-s", "-o", str(path), url]) for path in outputs]
         player = network.client.popen(["ffmpeg", "-v", "error", "-i", url, "-f", "null", "-"], stderr=subprocess.PIPE)
         assert encoding.wait(40) == 0
@@ -252,7 +252,7 @@ def test_who_may_send(live: Deployment) -> None:
     assert status("-X", "PUT", "-u", f"source:{LIVE_PASSWORD}", "-H", "Transfer-Encoding: chunked", "-d", "x") == "411"
     assert status("-X", "DELETE") == "405"
     with encoder(live.network, "/radio"):
-        wait_for(lambda: _mounts(live), "the mount")
+        wait_for(lambda: mounts(live), "the mount")
         assert status("-X", "PUT", "-u", f"source:{LIVE_PASSWORD}") == "409"
 
 
@@ -261,10 +261,10 @@ def test_without_a_host_the_server_does_it_itself(live: Deployment) -> None:
     body = BEGIN.encode() + os.urandom(2_000_000)
     wait_for(lambda: not live.agent.log.read_text().endswith("answers\n"), "the agent noticed")
     with encoder(live.network, "/radio") as source:
-        wait_for(lambda: _mounts(live), "the mount")
-        assert [(mount["path"], mount["reason"]) for mount in _mounts(live)] == [("local", "host_away")]
+        wait_for(lambda: mounts(live), "the mount")
+        assert [(mount["path"], mount["reason"]) for mount in mounts(live)] == [("local", "host_away")]
         with listeners(live, "/radio", 10, begin=BEGIN) as process:
-            wait_for(lambda: _mounts(live)[0]["relay"]["sink_count"] == 10, "all are sinks")
+            wait_for(lambda: mounts(live)[0]["relay"]["sink_count"] == 10, "all are sinks")
             source.sendall(body)
             source.shutdown(socket.SHUT_WR)
             groups = found(process)
@@ -286,7 +286,7 @@ def test_the_server_is_killed(live: Deployment) -> None:
     """Encoder and listeners see their connections end, as if it had been the server's own."""
     assert live.live is not None
     with encoder(live.network, "/radio") as source:
-        wait_for(lambda: _mounts(live), "the mount")
+        wait_for(lambda: mounts(live), "the mount")
         with listeners(live, "/radio", 20) as process:
             wait_for(lambda: relay(live)["sink_count"] == 20, "all are sinks")
             source.sendall(bytes(100_000))
@@ -310,7 +310,7 @@ def test_the_agent_is_killed(live: Deployment) -> None:
     """Its next life takes the sockets over: the stream stops, because nobody knows whose it was; the server says so, and the
     connections are usable to the end."""
     with encoder(live.network, "/radio") as source:
-        wait_for(lambda: _mounts(live), "the mount")
+        wait_for(lambda: mounts(live), "the mount")
         with listeners(live, "/radio", 20, begin=BEGIN) as process:
             wait_for(lambda: relay(live)["sink_count"] == 20, "all are sinks")
             body = BEGIN.encode() + os.urandom(50_000)
@@ -326,24 +326,24 @@ def test_the_agent_is_killed(live: Deployment) -> None:
 def test_the_service_is_killed(live: Deployment) -> None:
     """What it had is lost, and everybody is told; the next stream goes through its next life."""
     with encoder(live.network, "/radio") as source:
-        wait_for(lambda: _mounts(live), "the mount")
+        wait_for(lambda: mounts(live), "the mount")
         with listeners(live, "/radio", 20) as process:
             wait_for(lambda: relay(live)["sink_count"] == 20, "all are sinks")
             source.sendall(bytes(100_000))
             wait_for(lambda: relay(live)["bytes_in"] == 100_000, "it has come")
             os.kill(live.status()["pid"], signal.SIGKILL)
             assert sum(group["count"] for group in found(process)) == 20
-    wait_for(lambda: _mounts(live) == [], "the mount is gone", patience=30)
+    wait_for(lambda: mounts(live) == [], "the mount is gone", patience=30)
     _nothing_left(live)
     with encoder(live.network, "/radio") as source:
-        wait_for(lambda: _mounts(live), "the mount again")
-        assert _mounts(live)[0]["path"] == "offloaded"
+        wait_for(lambda: mounts(live), "the mount again")
+        assert mounts(live)[0]["path"] == "offloaded"
 
 
 def test_the_operator_calls_everything_home(live: Deployment) -> None:
     """`streamlift hand-back --all`: the sockets are the server's again, at the end of an entry."""
     with encoder(live.network, "/radio") as source:
-        wait_for(lambda: _mounts(live), "the mount")
+        wait_for(lambda: mounts(live), "the mount")
         with listeners(live, "/radio", 20, begin=BEGIN) as process:
             wait_for(lambda: relay(live)["sink_count"] == 20, "all are sinks")
             body = BEGIN.encode() + os.urandom(50_000)
@@ -529,7 +529,7 @@ NONSENSE: list[tuple[dict[str, Any], str]] = [
 def test_an_application_that_speaks_nonsense(live: Deployment) -> None:
     """Each is answered, and harms nobody else's relay."""
     with encoder(live.network, "/radio") as source, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
-        wait_for(lambda: _mounts(live), "the mount")
+        wait_for(lambda: mounts(live), "the mount")
         door.settimeout(10)
         door.connect(str(live.folder / "agent.sock"))
         door.recv(1 << 16)

@@ -245,7 +245,7 @@ def test_rtp_verdict(tmp_path: Path) -> None:
 
 def _films(**factors: float) -> list[dict[str, Any]]:
     """Each side needs so many seconds for each ladder."""
-    sides = {**dict.fromkeys(dash.SIDES, 1.0), "vm": 2.0, **factors}
+    sides = {**dict.fromkeys(dash.SIDES, 1.0), "vm": 2.0, "namespace": 1.01, **factors}
     return [
         {"ladder": ladder.name, "side": side, "clients": clients, "repeat": 0, "seconds": seconds}
         for clients in (1, 50)
@@ -257,10 +257,11 @@ def _films(**factors: float) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("offload", "short"), [(1.02, 0), (1.05, 4), (1.2, 8)])
 def test_dash_verdict(offload: float, short: int, tmp_path: Path) -> None:
     rows = _films(offload=offload)
-    bars = dash.judge(rows, {"offloaded": 99, "failed": 0, "local": {"too_small": 500, "table_full": 1}})
+    bars = dash.judge(rows, {"offloaded": 99, "failed": 0, "local": {"too_small": 500, "table_full": 1}}, "tcg")
     assert sum(not bar.holds for bar in bars) == short
-    assert bars[-1].value == 0.99 and len(bars) == 9
-    dash.plot(rows, tmp_path / "plot.png")
+    assert bars[-1].value == 0.99 and len(bars) == 13
+    assert ["emulated" in bar.name for bar in bars[:3]] == [True, True, False]
+    dash.plot(rows, "tcg", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

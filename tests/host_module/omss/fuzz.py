@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import random
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -21,9 +23,33 @@ from tests.host_module.omss.streams import KINDS, Link, link
 from tests.transport_stream import group
 
 IPPROTO_MPTCP = 262
+SO_NO_CHECK, SO_TIMESTAMPING = 11, 37
+LOOPBACK = b"\x7f\0\0\1"
+_libc = ctypes.CDLL(None)
 SETS = (omss.SET_SOURCE, omss.ADD_SINK, omss.REMOVE_SINK, omss.END, omss.BASE + 5)
 GETS = (omss.HELLO, omss.GET_STATUS, omss.ADOPT, omss.BASE + 3)
 INTERESTING = (0, 1, 2, 3, 7, 8, 187, 188, 4096, 65536, 65537, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
+UDP_CORK, UDP_NO_CHECK6_TX, UDP_SEGMENT = 1, 101, 103
+OPTIONS: tuple[tuple[int, int, int | bytes], ...] = (
+    (socket.IPPROTO_IP, socket.IP_OPTIONS, b"\1\1\1\0"),
+    (socket.IPPROTO_IP, socket.IP_OPTIONS, b""),
+    (socket.IPPROTO_IP, socket.IP_TTL, 3),
+    (socket.IPPROTO_IP, socket.IP_TOS, 8),
+    (socket.IPPROTO_IPV6, socket.IPV6_TCLASS, 8),
+    (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 3),
+    (socket.IPPROTO_UDP, UDP_CORK, 1),
+    (socket.IPPROTO_UDP, UDP_CORK, 0),
+    (socket.IPPROTO_UDP, UDP_NO_CHECK6_TX, 1),
+    (socket.IPPROTO_UDP, UDP_SEGMENT, 700),
+    (socket.IPPROTO_UDP, UDP_SEGMENT, 0),
+    (socket.SOL_SOCKET, socket.SO_SNDBUF, 2000),
+    (socket.SOL_SOCKET, socket.SO_DONTROUTE, 1),
+    (socket.SOL_SOCKET, socket.SO_DONTROUTE, 0),
+    (socket.SOL_SOCKET, socket.SO_MARK, 5),
+    (socket.SOL_SOCKET, SO_TIMESTAMPING, 0x13),
+    (socket.SOL_SOCKET, SO_TIMESTAMPING, 0),
+    (socket.SOL_SOCKET, SO_NO_CHECK, 1),
+)
 
 
 class Arena:
@@ -142,6 +168,17 @@ def traffic(arena: Arena, chosen: random.Random) -> None:
     arena.any(chosen).read()
 
 
+def configure(arena: Arena, chosen: random.Random) -> None:
+    """An option that changes how datagrams leave; or another peer, or none."""
+    sock = arena.any(chosen).near
+    level, option, value = chosen.choice(OPTIONS)
+    if chosen.random() < 0.8:
+        sock.setsockopt(level, option, value)
+    else:
+        peer = bytes(16) if chosen.random() < 0.5 else struct.pack("=HH4s8x", socket.AF_INET, chosen.randrange(1 << 16), LOOPBACK)
+        _libc.connect(sock.fileno(), peer, len(peer))  # AF_UNSPEC, which Python has no words for
+
+
 def break_one(arena: Arena, chosen: random.Random) -> None:
     """Close, reset, half-close or replace one; its place is taken by another."""
     if chosen.random() < 0.8:
@@ -175,6 +212,7 @@ ACTS: tuple[Callable[[Arena, random.Random], None], ...] = (
     traffic,
     traffic,
     traffic,
+    configure,
     break_one,
 )
 

@@ -141,6 +141,36 @@ def test_large_and_empty_datagrams() -> None:
         assert omss.status(source.near).dropped.size == 1 and [len(data) for data in sink.pieces] == [1000]
 
 
+def test_datagrams_of_unusual_sockets() -> None:
+    """What a socket was told of its datagrams holds for those that the module sends on it; and one of IPv6 may speak IPv4."""
+    with links(["udp4", "udp4", "udp4", "udp6", "udp4"]) as (source, *sinks):
+        sinks[0].near.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"\1\1\1\0")
+        sinks[1].near.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 0x28)
+        sinks[1].near.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 7)
+        sinks[1].far.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+        sinks[2].near.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, 0x28)
+        sinks[2].far.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1)
+        mapped = sinks[3]
+        mapped.near.close()
+        mapped.near = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        mapped.near.bind(("::ffff:127.0.0.1", 0))
+        mapped.near.connect(("::ffff:127.0.0.1", mapped.far.getsockname()[1]))
+        mapped.far.connect(("127.0.0.1", mapped.near.getsockname()[1]))
+        omss.set_source(source.near)
+        for sink in sinks:
+            omss.add_sink(source.near, sink.near)
+        feed(source, 0, 50)
+        classes = ((sinks[1], socket.IPPROTO_IP, socket.IP_TOS), (sinks[2], socket.IPPROTO_IPV6, socket.IPV6_TCLASS))
+        for sink, level, kind in classes:
+            wait_for(lambda sink=sink: outcome(sink).cursor == 50, "all are sent")  # type: ignore[misc]
+            data, ancillary, _, _ = sink.far.recvmsg(2000, 100)
+            assert number_of(data) in range(50)
+            assert [(one[0], one[1], one[2][0]) for one in ancillary] == [(level, kind, 0x28)]
+            sink.got += data
+        read_bytes(sinks, 50 * PIECE)
+        assert all(received(sink) == list(range(50)) for sink in sinks)
+
+
 def test_joins() -> None:
     with links(["udp4", "tcp4", "tcp4", "tcp6", "udp4", "tcp4"]) as (source, *sinks):
         session = omss.set_source(source.near, ring=50)

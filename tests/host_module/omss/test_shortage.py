@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When there is not enough memory, in a small cgroup. In a VM with the module."""
+"""When there is not enough: of memory, in a small cgroup, and of workers, for two classes. In a VM with the module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hypervisor_svc import omss
-from hypervisor_svc.omss import OnLag, SinkState
+from hypervisor_svc.omss import Join, OnLag, SinkState
 from tests.host_module.omss.streams import (
     PIECE,
     Link,
@@ -32,6 +32,8 @@ LIMIT = 8 << 20
 """Bytes of memory of the cgroup in which the slow sinks' sockets are."""
 SLOW, PIECES = 100, 3000
 SO_SNDBUFFORCE = 32
+CROWD = 100
+"""Sinks of each class."""
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +101,42 @@ def test_a_small_cgroup_is_its_own_sinks_trouble(tmp_path: Path) -> None:
                 catch_up(sink)
                 whole_pieces(sink, PIECES + 10)
         wait_for(lambda: socket_memory(group) == 0, "nothing stays charged")
+
+
+def test_a_higher_class_comes_first() -> None:
+    """Both have a backlog; while the high one has something to do, nearly nothing of the low one is done, though it was there
+    before. Served by turns they would get on alike."""
+    with backlog(3000, service_class=1) as low, backlog(1000, service_class=6) as high:
+        add_sinks(low, service_class=1)
+        add_sinks(high, service_class=6)
+        before, begun = sent(low), sent(high)
+        wait_for(lambda: sent(high) == CROWD * 1000, "the high class is done", timeout=60)
+        meanwhile = sent(low) - before
+        assert meanwhile < (CROWD * 1000 - begun) / 2 or begun > CROWD * 900
+        wait_for(lambda: sent(low) == CROWD * 3000, "then it is the low class's turn", timeout=60)
+
+
+@contextlib.contextmanager
+def backlog(pieces: int, *, service_class: int) -> Iterator[list[Link]]:
+    """A source whose pieces are all in the ring, and sinks for it, which nobody reads."""
+    with links(["udp4"] * (1 + CROWD)) as (source, *sinks):
+        for sink in sinks:
+            sink.far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        omss.set_source(source.near, ring=4096, service_class=service_class)
+        feed(source, 0, pieces)
+        wait_for(lambda: omss.status(source.near).head == pieces, "all is in the ring")
+        yield [source, *sinks]
+
+
+def add_sinks(made: list[Link], *, service_class: int) -> None:
+    source, *sinks = made
+    for sink in sinks:
+        omss.add_sink(source.near, sink.near, join=Join.OLDEST, service_class=service_class)
+
+
+def sent(made: list[Link]) -> int:
+    """Entries, to all sinks."""
+    return omss.status(made[0].near).sent.entries
 
 
 def whole_pieces(sink: Link, sent: int) -> None:
