@@ -91,6 +91,7 @@ def _machines(status: dict[str, Any]) -> Table:
         (
             machine["name"],
             machine["channel"],
+            machine["presence"],
             f"{machine['agent_version'] or '-'}, {machine['backend']}",
             ", ".join(machine["addresses"]) or "-",
             machine["priority"],
@@ -99,7 +100,7 @@ def _machines(status: dict[str, Any]) -> Table:
         )
         for machine in status["machines"]
     )
-    return table(("VM", "channel", "agent", "addresses", "class", "sent", "now"), rows)
+    return table(("VM", "channel", "presence", "agent", "addresses", "class", "sent", "now"), rows)
 
 
 def _quotas(status: dict[str, Any]) -> Table:
