@@ -190,7 +190,8 @@ def test_transport_stream_goes_on_at_a_sync_point() -> None:
             await made.until(lambda: made.session.status().bytes_in == len(data + more), "all")
             await made.caught_up()
             await made.until(lambda: len(other.got) == len(data + more), "all at the other")
-            await made.until(lambda: all(len(one.got) == made.sink(one).counts.bytes for one in (late, oldest, slow)), "what was sent")
+            read = (late, oldest, slow)
+            await made.until(lambda: all(len(one.got) == made.sink(one).counts.bytes for one in read), "what was sent")
             whole = data + more
             assert other.got == whole
             assert late.got == more[: len(late.got)] and len(late.got) > 4 * 50 * PACKET
