@@ -17,7 +17,9 @@ from guest_agent.applications import Applications
 from guest_agent.channel import Channel
 from guest_agent.handoff.backend import choose
 from guest_agent.handoff.hold import Hold
+from guest_agent.handoff.presence import Presence
 from guest_agent.handoff.wire import Established, Event, Message, Violation
+from guest_agent.leave import Departure
 from guest_agent.relays import Relays
 from guest_agent.share import find_shares
 from guest_agent.transfers import Transfers
@@ -42,7 +44,7 @@ class Settings:
 
 
 class Agent:
-    """Its parts: hold, channel, transfers, applications."""
+    """Its parts: hold, channel, transfers, relays, applications, departure."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -54,15 +56,24 @@ class Agent:
             "side": "guest",
             "agent_version": __version__,
             "instance": os.urandom(8).hex(),
+            "boot": _boot(),
             "backends": [self._backend.name],
             "kernel": platform.release(),
             "lossless_freeze": self._keep is not None,
         }
         self._channel = Channel(settings.port, about, on_event=self._event, on_down=self._down)
         self._transfers = Transfers(
-            backend=self._backend, keep=self._keep, send=self._channel.send, is_up=lambda: self._channel.up
+            backend=self._backend,
+            keep=self._keep,
+            send=self._channel.send,
+            is_up=lambda: self._channel.up,
+            is_here=lambda: self._departure.presence is Presence.HERE,
         )
-        self._relays = Relays(send=self._channel.send, is_up=lambda: self._channel.up)
+        self._relays = Relays(
+            send=self._channel.send,
+            is_up=lambda: self._channel.up,
+            is_here=lambda: self._departure.presence is Presence.HERE,
+        )
         self._host: dict[str, Any] = {}
         self._applications = Applications(
             settings.socket,
@@ -73,14 +84,23 @@ class Agent:
             status=self._status,
             shares=self._shares,
         )
+        self._departure = Departure(
+            self._applications,
+            all_home=self._all_home,
+            send=self._channel.send,
+            shares=self._shares,
+            record=os.path.join(os.path.dirname(settings.socket), "unmounted.json"),
+        )
 
     def start(self) -> None:
         """Channel first: an application that finds the door open should find the host behind it."""
         self._channel.start()
         self._applications.start()
+        self._departure.start()
 
     def stop(self) -> None:
         """The reverse of `start`."""
+        self._departure.stop()
         self._applications.stop()
         self._channel.stop()
         if self._keep:
@@ -96,6 +116,7 @@ class Agent:
             log.info("the host's service %s answers", event.hello.get("service_version", "?"))
             self._transfers.host_up(event.hello)
             self._relays.host_up(same=same)
+            self._departure.host_up(same=same)
         elif isinstance(event, Violation):
             log.warning("channel: %s: %s", event.reason.value, event.message)
 
@@ -103,6 +124,10 @@ class Agent:
         kind = event.header["type"]
         if kind == "ping":
             self._channel.send({"type": "pong"})
+        elif kind == "leave":
+            self._departure.leave(event.header)
+        elif kind == "return":
+            self._departure.come_back()
         elif kind.startswith("relay_"):
             self._relays.message(event.header, event.body)
         elif kind != "pong":
@@ -111,6 +136,11 @@ class Agent:
     def _down(self) -> None:
         log.warning("the host's service is away")
         self._transfers.host_down()
+        self._departure.host_down()
+
+    async def _all_home(self) -> None:
+        await self._relays.all_closed()
+        await self._transfers.all_home()
 
     def _shares(self) -> tuple[str, ...]:
         return self._settings.shares or find_shares()
@@ -121,6 +151,7 @@ class Agent:
             "threshold": self._threshold(),
             "shares": list(self._shares()),
             "host": "up" if self._channel.up else "down",
+            "presence": self._departure.presence.value,
             "backend": self._backend.name,
             "backend_why": self._backend.why,
         }
@@ -145,6 +176,12 @@ def _open_hold() -> Hold | None:
     except OSError as error:
         log.warning("packets that arrive during a handoff will be lost and retransmitted: %s", error)
         return None
+
+
+def _boot() -> str:
+    """Another one after each start of the kernel (random(4), boot_id): nobody is left of the life before."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
 
 
 async def run(settings: Settings) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from guest_agent.hand_out import Outcome, Transfer
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import HandoffError, NotMovable, Reason
+from guest_agent.handoff.presence import Presence
 from guest_agent.relays import RING_FIELDS, SINK_FIELDS, Relays, RelayTransfer
 from guest_agent.share import NO_FILE, SharedFile, locate
 from guest_agent.transfers import Transfers
@@ -54,6 +55,8 @@ class Applications:
         self._path, self._transfers, self._relays, self._allowed = path, transfers, relays, allowed
         self._hello, self._status, self._shares = hello, status, shares
         self._clients: set[_Client] = set()
+        self._presence, self._let_go = Presence.HERE, False
+        self._asked: dict[_Client, asyncio.Future[None]] = {}
         self._loop = asyncio.get_running_loop()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
@@ -90,7 +93,56 @@ class Applications:
                 connection.close()
                 return
             connection.send(json.dumps({"v": 1, "hello": self._hello()}).encode())
-            self._clients.add(_Client(connection, self))
+            self._clients.add(_Client(connection, self, pid))
+
+    # The guest leaves its host, and comes back. What applications do: `offload_move.py`.
+
+    @property
+    def away(self) -> bool:
+        """Whether nothing goes out."""
+        return self._presence is not Presence.HERE
+
+    def leaving(self, *, let_go: bool) -> None:
+        """Tell everybody; with `let_go`, those that attend are asked to let go of their files."""
+        self._presence, self._let_go = Presence.LEAVING, let_go
+        for client in list(self._clients):
+            if client.attends:
+                self._tell(client)
+
+    def here(self) -> None:
+        """Everybody may go on."""
+        self._presence = Presence.HERE
+        self._asked.clear()
+        for client in list(self._clients):
+            if client.attends:
+                self._tell(client)
+
+    def silent(self) -> list[str]:
+        """Who was asked to let go and has not answered, for people."""
+        return [f"process {client.pid} does not let go of its files" for client, answer in self._asked.items() if not answer.done()]
+
+    async def all_let_go(self) -> None:
+        """Until everybody has answered, those too that came meanwhile."""
+        while waiting := [answer for answer in self._asked.values() if not answer.done()]:
+            await asyncio.wait(waiting)
+
+    def _tell(self, client: _Client) -> None:
+        asked = self._presence is Presence.LEAVING and self._let_go
+        if asked and client not in self._asked:
+            self._asked[client] = self._loop.create_future()
+        client.send({"v": 1, "presence": self._presence.value, "let_go": asked, "hello": self._hello()})
+
+    def _attend(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:
+        client.attends = True
+        self._tell(client)
+
+    def _let_go_of(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:
+        self._answered(client)
+
+    def _answered(self, client: _Client) -> None:
+        answer = self._asked.get(client)
+        if answer is not None and not answer.done():
+            answer.set_result(None)
 
     # Called by _Client.
 
@@ -117,10 +169,11 @@ class Applications:
             self._transfers.begin(client.adopt(self._transfer(client, request, fds)))
         elif operation == "reclaim":
             self._transfers.reclaim(client.adopt(self._reclaimed(client, request, fds)), age=_seconds(request["age"]))
-        elif operation in _RELAY_OPERATIONS:
+        elif operation in ("attend", "let_go_of") or operation in _RELAY_OPERATIONS:
             getattr(self, f"_{operation}")(client, request, fds)
         else:
-            raise ValueError(f"op {operation!r} is none of sendfile, reclaim, status, {', '.join(_RELAY_OPERATIONS)}")
+            known = ("sendfile", "reclaim", "status", "attend", "let_go_of", *_RELAY_OPERATIONS)
+            raise ValueError(f"op {operation!r} is none of {', '.join(known)}")
 
     # Relays. `offload_wire.py` has the words.
 
@@ -225,6 +278,8 @@ class Applications:
     def gone(self, client: _Client) -> None:
         """A connection ended; so do its transfers."""
         self._clients.discard(client)
+        self._answered(client)
+        self._asked.pop(client, None)
         self._relays.owner_gone(client)
         for transfer in client.transfers.values():
             self._transfers.application_gone(transfer)
@@ -242,8 +297,9 @@ def _socket_of(fds: list[int]) -> socket.socket:
 class _Client:
     """One connection of an application."""
 
-    def __init__(self, connection: socket.socket, door: Applications) -> None:
-        self._connection, self._door = connection, door
+    def __init__(self, connection: socket.socket, door: Applications, pid: int) -> None:
+        self._connection, self._door, self.pid = connection, door, pid
+        self.attends = False
         self.transfers: dict[str, Transfer] = {}
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(connection, self._readable)
@@ -267,6 +323,8 @@ class _Client:
                 "message": outcome.message,
                 "errno": outcome.errno or None,
                 "cursor": outcome.cursor,
+                "rest": outcome.rest,
+                "away": self._door.away,
             }
         )
 

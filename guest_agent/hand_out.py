@@ -29,7 +29,8 @@ Send = Callable[[Header, bytes], None]
 @dataclass
 class Outcome:
     """What the application is told: `outcome` is "offloaded", "local" or "failed"; `sent` in bytes; `cursor`: of a relay's sink,
-    the position where it would have gone on."""
+    the position where it would have gone on, of its source where that stands; `rest`: what has come of the next entry, in
+    hexadecimal digits."""
 
     outcome: str
     sent: int = 0
@@ -37,6 +38,7 @@ class Outcome:
     message: str = ""
     errno: int = 0
     cursor: int | None = None
+    rest: str = ""
 
 
 @dataclass

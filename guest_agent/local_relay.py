@@ -21,6 +21,7 @@ from typing import IO, Any
 from guest_agent import local
 from guest_agent.handoff.positions import Positions
 from guest_agent.handoff.ring_file import Piece, RingReader
+from guest_agent.held_files import held
 from guest_agent.ring import Ring
 
 POLL_INTERVAL = 0.02
@@ -78,6 +79,11 @@ class LocalRelay:
         self._reader = asyncio.get_running_loop().create_task(self._read())
 
     @property
+    def head(self) -> int:
+        """The position behind the newest entry."""
+        return self._positions.end
+
+    @property
     def _head(self) -> int:
         return self._positions.head
 
@@ -111,7 +117,7 @@ class LocalRelay:
         if isinstance(target, ssl.SSLSocket):
             raise OSError(errno.EOPNOTSUPP, "asyncio cannot send on an SSLSocket: give its transport, or the StreamWriter")
         sink = LocalSink(self, target, self._tail if join == "oldest" else self._head)
-        sink.early = begin if begin is None or self._by_bytes else min(begin, self._head)
+        sink.early = begin if begin is None or self._by_bytes else min(begin, self._positions.end)
         self._sinks.add(sink)
         sink.task = asyncio.get_running_loop().create_task(self._send(sink))
         sink.over.add_done_callback(lambda _: self._left(sink))
@@ -178,6 +184,11 @@ class LocalRelay:
             self.over.set_result("closed")
         self._waking = asyncio.get_running_loop().create_task(self._wake())
 
+    async def stop(self) -> None:
+        """The same, and the source is nobody's when this returns: what it has not given is still there."""
+        self.end()
+        await asyncio.wait((self._reader,))
+
     async def close(self) -> None:
         """Everybody leaves."""
         self.end()
@@ -191,12 +202,13 @@ class LocalRelay:
         return {"engine": "local", "head": self._head, "tail": self._tail, "sink_count": len(self._sinks), "lost": lost}
 
 
-def begin(source: Any, *, ring_entries: int, entry_bytes: int, offset: int) -> LocalRelay:
-    """`source`: a non-blocking socket, a StreamReader, a file that grows, or a `Ring`. Raises ValueError."""
+def begin(source: Any, *, ring_entries: int, entry_bytes: int, offset: int, rest: bytes = b"") -> LocalRelay:
+    """`source`: a non-blocking socket, a StreamReader, a file that grows, or a `Ring`. `offset`: the first position; `rest`: what
+    has come already. Raises ValueError."""
     if isinstance(source, asyncio.StreamReader):
-        counted = _counted(_stream_parts(source, entry_bytes))
+        parts = _stream_parts(source, entry_bytes)
     elif isinstance(source, socket.socket):
-        counted = _counted(_socket_parts(source, entry_bytes))
+        parts = _socket_parts(source, entry_bytes)
     elif isinstance(source, asyncio.BaseTransport | asyncio.StreamWriter):
         raise ValueError("a transport cannot be read: publish the StreamReader's socket")
     else:
@@ -204,21 +216,42 @@ def begin(source: Any, *, ring_entries: int, entry_bytes: int, offset: int) -> L
         entries = _ring_entries(source.path, offset, entry_bytes) if of_ring else _file_entries(source, offset, entry_bytes)
         positions = Positions(ring_entries, offset, usual=entry_bytes)
         return LocalRelay(entries, ring_entries=ring_entries, positions=positions, by_bytes=True)
-    return LocalRelay(counted, ring_entries=ring_entries, positions=Positions(ring_entries, 0, usual=1), by_bytes=False)
+    counted = _counted(parts, offset, rest)
+    return LocalRelay(counted, ring_entries=ring_entries, positions=Positions(ring_entries, offset, usual=1), by_bytes=False)
 
 
-async def _counted(parts: AsyncIterator[bytes]) -> Entries:
+async def _counted(parts: AsyncIterator[bytes], number: int, rest: bytes) -> Entries:
     """Of a source without positions of its own the entries are counted."""
-    number = 0
+    if rest:
+        yield number, rest
+        number += 1
     async for part in parts:
         yield number, part
         number += 1
 
 
 async def _socket_parts(sock: socket.socket, size: int) -> AsyncIterator[bytes]:
-    loop = asyncio.get_running_loop()
-    while data := await loop.sock_recv(sock, 65536 if sock.type == socket.SOCK_DGRAM else size):
+    """Whoever cancels this has taken nothing with it: nothing is waited for between a part's receipt and its place in the ring."""
+    size = 65536 if sock.type == socket.SOCK_DGRAM else size
+    while True:
+        try:
+            data = sock.recv(size)
+        except BlockingIOError:
+            await _readable(sock)
+            continue
+        if not data:
+            return
         yield data
+
+
+async def _readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(sock, lambda: None if ready.done() else ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
 
 
 async def _stream_parts(reader: asyncio.StreamReader, size: int) -> AsyncIterator[bytes]:
@@ -229,15 +262,17 @@ async def _stream_parts(reader: asyncio.StreamReader, size: int) -> AsyncIterato
 async def _file_entries(file: IO[bytes], offset: int, size: int) -> Entries:
     fd = os.dup(file.fileno())
     try:
-        while True:
-            data = os.pread(fd, size, offset)
-            if data:
-                yield offset, data
-                offset += len(data)
-            elif os.fstat(fd).st_size < offset:
-                raise OSError(errno.ESTALE, "the file was cut short")
-            else:
-                await asyncio.sleep(POLL_INTERVAL)
+        with held(fd) as hold:
+            while True:
+                hold.check()
+                data = os.pread(fd, size, offset)
+                if data:
+                    yield offset, data
+                    offset += len(data)
+                elif os.fstat(fd).st_size < offset and not hold.away:
+                    raise OSError(errno.ESTALE, "the file was cut short")
+                else:
+                    await asyncio.sleep(POLL_INTERVAL)
     finally:
         os.close(fd)
 

@@ -18,24 +18,42 @@ agent -> one reply. If the agent goes away meanwhile, its next life gets the soc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno as errnos
 import os
 import socket
 import stat
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
 from guest_agent import local, offload_asyncio
+from guest_agent.held_files import HeldFile, held
 from guest_agent.offload_blocking import BlockingAgent
+from guest_agent.offload_move import Notice
 from guest_agent.offload_relay import publish
 from guest_agent.offload_wire import Reply, agent_path, here, unsuitable
 from guest_agent.ring import Ring
 
-__all__ = ["PRIORITIES", "Ring", "Transfer", "close", "publish", "sendfile", "sendfile_async", "status"]
+__all__ = [
+    "ON_MOVE",
+    "PRIORITIES",
+    "Ring",
+    "Transfer",
+    "attend",
+    "close",
+    "hold",
+    "present",
+    "publish",
+    "sendfile",
+    "sendfile_async",
+    "status",
+]
 
 PRIORITIES = ("low", "normal", "high")
+ON_MOVE = ("wait", "local")
 
 Target = socket.socket | asyncio.WriteTransport | asyncio.StreamWriter
 
@@ -51,67 +69,179 @@ class Transfer:
 
 
 def sendfile(
-    sock: socket.socket, file: IO[bytes], offset: int = 0, count: int | None = None, *, priority: str = "normal"
+    sock: socket.socket,
+    file: IO[bytes],
+    offset: int = 0,
+    count: int | None = None,
+    *,
+    priority: str = "normal",
+    on_move: str = "wait",
 ) -> Transfer:
     """Send `count` bytes (None: all) of `file` from `offset` on a blocking socket; thread-safe.
 
     The socket's timeout bounds each wait of a local transfer; the host's transfers end when TCP says so. The file's
-    position is not used. Raises OSError as sendfile(2) would, ConnectionResetError if the connection was lost with its
-    owner, ValueError for a non-blocking socket or a bad argument."""
+    position is not used. `on_move`: what happens to the rest when the VM leaves its host in the middle: "wait" until it works with
+    one again, or "local": send it from here, and let the VM wait for that. Raises OSError as sendfile(2) would,
+    ConnectionResetError if the connection was lost with its owner, ValueError for a non-blocking socket or a bad argument."""
     if sock.gettimeout() == 0:
         raise ValueError("the socket is non-blocking: use sendfile_async, or give it a timeout")
-    count = _bytes_to_send(file, offset, count, priority)
-    reason = _unsuitable(sock, count) or _blocking.refusal(file.fileno(), count)
-    reply = here(reason) if reason else _blocking.request(sock, file.fileno(), offset, count, priority)
-    if reply.outcome != "local":
-        return _conclude(reply)
-    sent = local.send(sock, file, offset + reply.sent, count - reply.sent) if count > reply.sent else 0
-    return _sent_here(reply, sent)
+    count = _bytes_to_send(file, offset, count, priority, on_move)
+    reason, done = _unsuitable(sock, count), _Done()
+    with _held(file, on_move) as hold:
+        while True:
+            start, left = offset + done.sent, count - done.sent
+            why = reason or _blocking.refusal(file.fileno(), left)
+            reply = done.heard(here(why) if why else _blocking.request(sock, file.fileno(), start, left, priority))
+            if reply.outcome != "local":
+                return _conclude(reply, done)
+            if reply.away and hold is not None:
+                _blocking.wait_until_here()
+                hold.check()
+                continue
+            absences = hold.absences if hold is not None else 0
+            done.here += local.send(sock, file, offset + done.sent, count - done.sent) if count > done.sent else 0
+            if done.sent == count or hold is None or hold.absences == absences:
+                return _sent_here(reply, done)
+            _blocking.wait_until_here()
+            hold.check()
 
 
 async def sendfile_async(
-    target: Target, file: IO[bytes], offset: int = 0, count: int | None = None, *, priority: str = "normal"
+    target: Target,
+    file: IO[bytes],
+    offset: int = 0,
+    count: int | None = None,
+    *,
+    priority: str = "normal",
+    on_move: str = "wait",
 ) -> Transfer:
     """The same for asyncio. A transport or StreamWriter first sends what was written to it; its reading is paused
     during the transfer. If the call is cancelled the host may send on: close the connection, as after any cancelled
     send. Its reading resumes when the socket is back."""
+    count_ = _bytes_to_send(file, offset, count, priority, on_move)
     if isinstance(target, socket.socket):
         if target.gettimeout() != 0:
             raise ValueError("the socket must be non-blocking")
-        return await _send_on_socket(target, file, offset, _bytes_to_send(file, offset, count, priority), priority)
+        return await _send_async(_OfSocket(target, file, priority), offset, count_, on_move)
     transport = target.transport if isinstance(target, asyncio.StreamWriter) else target
     if transport.is_closing():
         raise ConnectionResetError(errnos.ECONNRESET, "the transport is closing")
-    return await _send_on_transport(transport, file, offset, _bytes_to_send(file, offset, count, priority), priority)
+    return await _send_async(_OfTransport(transport, file, priority), offset, count_, on_move)
 
 
-async def _send_on_socket(sock: socket.socket, file: IO[bytes], offset: int, count: int, priority: str) -> Transfer:
+@dataclass
+class _OfSocket:
+    """How parts of a file go out on a bare socket: by the host, or from here."""
+
+    sock: socket.socket
+    file: IO[bytes]
+    priority: str
+
+    def unsuitable(self, count: int) -> str | None:
+        return _unsuitable(self.sock, count)
+
+    async def ask(self, link: offload_asyncio.Link, offset: int, count: int) -> Reply:
+        return await link.request(self.sock, self.file.fileno(), offset, count, self.priority)
+
+    async def send(self, offset: int, count: int) -> int:
+        return await local.send_on_socket(self.sock, self.file, offset, count)
+
+
+@dataclass
+class _OfTransport:
+    """The same on a transport."""
+
+    transport: asyncio.WriteTransport
+    file: IO[bytes]
+    priority: str
+
+    def unsuitable(self, count: int) -> str | None:
+        if self.transport.get_extra_info("sslcontext") is not None:
+            return "upper_layer_protocol"
+        return _unsuitable(self.transport.get_extra_info("socket"), count)
+
+    async def ask(self, link: offload_asyncio.Link, offset: int, count: int) -> Reply:
+        await local.drain(self.transport)
+        resume = local.pause_reading(self.transport)
+        sock = self.transport.get_extra_info("socket")
+        return await link.request(sock, self.file.fileno(), offset, count, self.priority, when_over=resume)
+
+    async def send(self, offset: int, count: int) -> int:
+        return await local.send_on_transport(self.transport, self.file, offset, count)
+
+
+async def _send_async(way: _OfSocket | _OfTransport, offset: int, count: int, on_move: str) -> Transfer:
+    """By the host as far as it goes, from here as far as that goes; whenever the share leaves, from where that was."""
+    link, done = offload_asyncio.link(), _Done()
+    attendance = link.attendance
+    with _held(way.file, on_move) as hold:
+        while True:
+            if hold is not None:
+                attendance.let_go()
+                await attendance.present()
+                hold.check()
+            left = count - done.sent
+            reason = way.unsuitable(left) or await link.refusal(way.file.fileno(), left)
+            reply = done.heard(here(reason) if reason else await way.ask(link, offset + done.sent, left))
+            if reply.outcome != "local":
+                return _conclude(reply, done)
+            if hold is not None and attendance.away:
+                continue
+            absences = hold.absences if hold is not None else 0
+            done.here += await way.send(offset + done.sent, count - done.sent) if count > done.sent else 0
+            if done.sent == count or hold is None or hold.absences == absences:
+                return _sent_here(reply, done)
+
+
+@dataclass
+class _Done:
+    """How far a transfer is, in bytes: `there`, by the host, and `here`."""
+
+    there: int = 0
+    here: int = 0
+
+    @property
+    def sent(self) -> int:
+        return self.there + self.here
+
+    def heard(self, reply: Reply) -> Reply:
+        """Count what the host sent."""
+        self.there += reply.sent
+        return reply
+
+
+@contextlib.contextmanager
+def _held(file: IO[bytes], on_move: str) -> Iterator[HeldFile | None]:
+    """None: the share has to wait for this one."""
+    if on_move == "local":
+        yield None
+        return
+    with held(file.fileno()) as hold:
+        yield hold
+
+
+# The share leaves, with the VM.
+
+
+def attend(on_leave: Notice | None = None, on_return: Notice | None = None) -> None:
+    """Of an asyncio application that has files of the share open outside of its transfers: hear of the VM's leaving from now on.
+
+    Files in `hold` need nothing more. `on_leave` is awaited before the share is unmounted: close there what else is open;
+    `on_return` after it was mounted again. Between the two nothing on the share can be opened: see `present`."""
     link = offload_asyncio.link()
-    reason = _unsuitable(sock, count) or await link.refusal(file.fileno(), count)
-    reply = here(reason) if reason else await link.request(sock, file.fileno(), offset, count, priority)
-    if reply.outcome != "local":
-        return _conclude(reply)
-    left = count - reply.sent
-    return _sent_here(reply, await local.send_on_socket(sock, file, offset + reply.sent, left) if left > 0 else 0)
+    link.attend()
+    link.attendance.notify(on_leave, on_return)
 
 
-async def _send_on_transport(
-    transport: asyncio.WriteTransport, file: IO[bytes], offset: int, count: int, priority: str
-) -> Transfer:
-    link, sock = offload_asyncio.link(), transport.get_extra_info("socket")
-    reason = _unsuitable_transport(transport, sock, count) or await link.refusal(file.fileno(), count)
-    if reason:
-        reply = here(reason)
-    else:
-        await local.drain(transport)
-        resume = local.pause_reading(transport)
-        reply = await link.request(sock, file.fileno(), offset, count, priority, when_over=resume)
-    if reply.outcome != "local":
-        return _conclude(reply)
-    left = count - reply.sent
-    return _sent_here(
-        reply, await local.send_on_transport(transport, file, offset + reply.sent, left) if left > 0 else 0
-    )
+async def present() -> None:
+    """Wait until files on the share can be opened; mostly no wait at all."""
+    await offload_asyncio.link().attendance.present()
+
+
+def hold(fd: int) -> contextlib.AbstractContextManager[HeldFile]:
+    """A file or folder that is open all the time: while the share is away its descriptor stands for an empty file, afterwards for
+    the same again. It must stay open while the block lasts."""
+    return held(fd)
 
 
 def status() -> dict[str, Any]:
@@ -133,7 +263,9 @@ def close() -> None:
     offload_asyncio.close_idle()
 
 
-def _bytes_to_send(file: IO[bytes], offset: int, count: int | None, priority: str) -> int:
+def _bytes_to_send(file: IO[bytes], offset: int, count: int | None, priority: str, on_move: str) -> int:
+    if on_move not in ON_MOVE:
+        raise ValueError(f"on_move {on_move!r} is none of {', '.join(ON_MOVE)}")
     if priority not in PRIORITIES:
         raise ValueError(f"priority {priority!r} is none of {', '.join(PRIORITIES)}")
     if offset < 0 or (count is not None and count < 0):
@@ -149,35 +281,30 @@ def _unsuitable(sock: Any, count: int) -> str | None:
     return unsuitable(sock) if count else "too_small"
 
 
-def _unsuitable_transport(transport: asyncio.WriteTransport, sock: Any, count: int) -> str | None:
-    if transport.get_extra_info("sslcontext") is not None:
-        return "upper_layer_protocol"
-    return _unsuitable(sock, count)
-
-
 _counting = threading.Lock()
 _counters: Counter[str] = Counter()
 _local_reasons: Counter[str] = Counter()
 
 
-def _sent_here(reply: Reply, sent: int) -> Transfer:
+def _sent_here(reply: Reply, done: _Done) -> Transfer:
     with _counting:
         _local_reasons[reply.reason or "unknown"] += 1
-        _counters["bytes_local"] += sent
-        _counters["bytes_offloaded"] += reply.sent
-    return Transfer(reply.sent + sent, "local", reply.reason, reply.message)
+        _counters["bytes_local"] += done.here
+        _counters["bytes_offloaded"] += done.there
+    return Transfer(done.sent, "local", reply.reason, reply.message)
 
 
-def _conclude(reply: Reply) -> Transfer:
+def _conclude(reply: Reply, done: _Done) -> Transfer:
     """The host did it, or the connection is over."""
     with _counting:
         _counters[reply.outcome] += 1
-        _counters["bytes_offloaded"] += reply.sent
+        _counters["bytes_local"] += done.here
+        _counters["bytes_offloaded"] += done.there
     if reply.outcome == "offloaded":
-        return Transfer(reply.sent, "offloaded", reply.reason, reply.message)
+        return Transfer(done.sent, "offloaded", reply.reason, reply.message)
     number = reply.errno or errnos.EIO
     why = reply.message or reply.reason or "no reason given"
-    raise OSError(number, f"{os.strerror(number)} after {reply.sent} bytes: {why}. The connection must be closed")
+    raise OSError(number, f"{os.strerror(number)} after {done.sent} bytes: {why}. The connection must be closed")
 
 
 _blocking = BlockingAgent()

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from guest_agent.offload_move import Attendance
 from guest_agent.offload_wire import (
     CROWDED,
     HELLO_LIMIT,
@@ -25,6 +26,8 @@ from guest_agent.offload_wire import (
     Reply,
     connect,
     decode,
+    encode_attend,
+    encode_let_go_of,
     encode_reclaim,
     encode_sendfile,
     encode_status,
@@ -86,6 +89,8 @@ class Link:
         self._reclaiming: asyncio.Task[None] | None = None
         self._pending: dict[int, _Pending] = {}
         self._unsent: deque[int] = deque()
+        self._attending: asyncio.Task[None] | None = None
+        self.attendance = Attendance(answer=lambda: self.tell(encode_let_go_of(next_number())))
 
     async def refusal(self, file_fd: int, count: int) -> str | None:
         """Why the file is not for the host, mostly without asking anybody."""
@@ -183,6 +188,7 @@ class Link:
         else:
             self._connection = connection
             self.loop.add_reader(connection, self._readable)
+            self.tell(encode_attend(next_number()))
         finally:
             self._opening = None
 
@@ -199,7 +205,7 @@ class Link:
         self._unsent.clear()
         for number in [number for number, pending in self._pending.items() if not pending.asked]:
             self._end(number, here("no_agent"))
-        if self._pending and self._reclaiming is None:
+        if (self._pending or self.attendance.away) and self._reclaiming is None:
             self._reclaiming = self.loop.create_task(self._reclaim())
 
     async def _reclaim(self) -> None:
@@ -209,6 +215,8 @@ class Link:
             await asyncio.sleep(RECLAIM_PAUSE)
             await self._try_open()
         self._reclaiming = None
+        if self._connection is None:
+            self.attendance.come_back()
         waiting, self._pending = self._pending, {}
         for pending in waiting.values():
             self._renew(pending)
@@ -229,13 +237,24 @@ class Link:
         """Close the connection if no request is under way."""
         if self.loop.is_closed():
             self.abandon()
-        elif not self._pending:
+        elif not self._pending and self._attending is None:
             self._disconnect()
 
     def abandon(self) -> None:
         """After fork, or when the loop is closed. The loop is left alone: a child shares its epoll with the parent."""
         if self._connection is not None:
             self._connection.close()
+
+    def attend(self) -> None:
+        """Keep a connection open from now on, whether or not anything is to be asked."""
+        if self._attending is None:
+            self._attending = self.loop.create_task(self._attend())
+
+    async def _attend(self) -> None:
+        while True:
+            if self._hello is None and self._opening is None and self._reclaiming is None:
+                await self._try_open()
+            await asyncio.sleep(RECLAIM_PAUSE)
 
     # Messages out.
 
@@ -302,6 +321,8 @@ class Link:
 
     def _message(self, message: Message) -> None:
         told = message.get("hello") or message.get("status")
+        if "presence" in message:
+            self.attendance.hear(message, read_hello(message["hello"]).prefixes)
         if told:
             self._hello = read_hello(told)
         elif "taken" in message or "relay_status" in message:

@@ -7,6 +7,7 @@ import contextlib
 import socket
 import time
 
+from guest_agent import held_files
 from guest_agent.offload_wire import (
     CROWDED,
     HELLO_LIMIT,
@@ -20,6 +21,8 @@ from guest_agent.offload_wire import (
     Reply,
     connect,
     decode,
+    encode_attend,
+    encode_let_go_of,
     encode_reclaim,
     encode_sendfile,
     encode_status,
@@ -75,6 +78,33 @@ class BlockingAgent:
             return read_reply(self._answer(connection, number))
         except ConnectionError as error:
             return self._reclaim(sock, token, begun, error)
+
+    def wait_until_here(self) -> None:
+        """The VM is leaving its host: let go of what this process holds, and wait until it works with one again. An agent that goes
+        away meanwhile and does not come back has nothing more to say."""
+        until: float | None = None
+        while until is None or time.monotonic() < until:
+            try:
+                self._attend()
+                break
+            except (OSError, Refused):
+                until = until or time.monotonic() + RECLAIM_LIMIT
+                time.sleep(RECLAIM_PAUSE)
+        held_files.take_up()
+
+    def _attend(self) -> None:
+        """On a connection of its own: one that is not read from must not be asked anything."""
+        with self._open() as connection:
+            connection.settimeout(None)
+            send_message(connection, encode_attend(next_number()))
+            while True:
+                message = decode(connection.recv(MAX_MESSAGE), lambda message: message)
+                if message.get("presence") == "here":
+                    self._hello = read_hello(message["hello"])
+                    return
+                held_files.let_go(self._hello.prefixes if self._hello is not None else ())
+                if message.get("let_go"):
+                    send_message(connection, encode_let_go_of(next_number()))
 
     def status(self) -> Message | None:
         """The agent's status, which also says which shares there are now; None while it is absent."""

@@ -16,33 +16,36 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import IO, Any
 
-from guest_agent import local, local_relay, offload_asyncio
+from guest_agent import offload_asyncio
 from guest_agent.local_relay import Ending, LocalRelay, LocalSink
-from guest_agent.offload_wire import EXPLANATIONS, Message, Reply, encode_relay, new_token, next_number, unsuitable
+from guest_agent.offload_source import Readable, Source, Target, plan_of, prepared, unsuitable_target
+from guest_agent.offload_wire import EXPLANATIONS, Message, Reply, encode_relay, new_token, next_number
+from guest_agent.offload_wire import here as not_asked
 from guest_agent.ring import Ring
 
 JOINS = ("latest", "oldest", "next_sync")
 LAGS = ("head_drop", "drop_to_sync", "disconnect")
 STATUS_LIMIT = 5.0
-PACKET = 188
-"""Bytes of one of a transport stream."""
+MOVE_PAUSE = 0.005
+"""Seconds between two looks at whether everybody is home."""
 _OF_THE_RELAY = ("unknown_relay", "relay_ended", "bad_request", "duplicate")
 """Why the host refuses a sink, when this process should too."""
-Target = socket.socket | asyncio.WriteTransport | asyncio.StreamWriter
 
 
 class Sink:
-    """One client of a relay. `path`: who sends to it, "offloaded" or "local"."""
+    """One client of a relay. `path`: who sends to it now, "offloaded" or "local"."""
 
-    def __init__(self, token: str, over: asyncio.Future[Ending], here: LocalSink | None = None) -> None:
-        self.token, self.path = token, "offloaded" if here is None else "local"
-        self._over, self._here = over, here
+    def __init__(self, target: Target, options: dict[str, Any]) -> None:
+        self.token, self.path = "", "offloaded"
+        self._target, self._options = target, options
+        self._sent = 0
+        self._own: socket.socket | None = None
+        self._here: LocalSink | None = None
+        self._over: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
 
     @property
     def over(self) -> bool:
@@ -53,26 +56,45 @@ class Sink:
         """Until it has left."""
         return await asyncio.shield(self._over)
 
+    def _keep_own(self, sock: socket.socket) -> socket.socket:
+        """A duplicate, for the application may close its own."""
+        self._target = self._own = own = sock.dup()
+        self._over.add_done_callback(lambda _: own.close())
+        return own
+
+    def _is_here(self, here: LocalSink) -> None:
+        """This process sends to it."""
+        self.path, self._here = "local", here
+        here.over.add_done_callback(lambda done: self._leave(done.result()))
+
+    def _leave(self, ending: Ending) -> None:
+        if not self._over.done():
+            self._over.set_result(replace(ending, sent=self._sent + ending.sent))
+
 
 class Relay:
-    """What `publish` opened. `path`: who relays, "offloaded" or "local"; `reason` and `message`: why not the host."""
+    """What `publish` opened. `path`: who relays, "offloaded" or "local"; `reason` and `message`: why not the host.
 
-    def __init__(
-        self,
-        token: str,
-        there: LocalRelay | None = None,
-        *,
-        reason: str | None = None,
-        message: str = "",
-        readable: _Readable | None = None,
-    ) -> None:
-        self.token, self.reason, self.message = token, reason, message
-        self.path = "local" if there is not None else "offloaded"
-        self._local, self._readable = there, readable
+    When the VM leaves its host, sockets come home and wait; when it works with a host again, the relay is opened there, and its
+    sinks go on where they stopped. Of that nobody sees more than a pause."""
+
+    def __init__(self, token: str, source: Source) -> None:
+        self.token, self.message = token, ""
+        self.reason: str | None = None
+        self.path = "offloaded"
+        self._source = source
+        self._local: LocalRelay | None = None
         self._beside: set[LocalRelay] = set()
-        self._sinks: dict[str, Sink] = {}
+        self._sinks: set[Sink] = set()
+        self._waiting: dict[Sink, int | None] = {}
+        self._settled = asyncio.Event()
+        self._settled.set()
+        self._task: asyncio.Task[None] | None = None
+        self._meanwhile: LocalRelay | None = None
+        self._rejoining: set[asyncio.Task[None]] = set()
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Done when the source gives no more: why."""
+        self.over.add_done_callback(lambda _: source.close())
 
     async def add_sink(
         self,
@@ -95,7 +117,7 @@ class Relay:
         _one_of("join", join, JOINS)
         _one_of("on_lag", on_lag, LAGS)
         _one_of("priority", priority, ("low", "normal", "high"))
-        options = {
+        options: dict[str, Any] = {
             "priority": priority,
             "join": join,
             "on_lag": on_lag,
@@ -103,22 +125,46 @@ class Relay:
             "lag_hard_ms": lag_hard_ms,
             "begin": begin,
         }
-        if self._local is not None:
-            return self._add_here(self._local, target, join, begin)
-        try:
-            return self._remember(await self._hand_out(target, options))
-        except _NotMovable as error:
-            if self._readable is None or self.over.done():
-                raise OSError(error.errno, f"{error.strerror}, and the relay is at the host") from None
-        if begin is None and join == "oldest":
-            begin = self._readable.oldest()
-        return self._add_here(self._reader_beside(self._readable, begin), target, join, begin)
+        sink = Sink(target, options)
+        await self._add(sink, begin)
+        self._sinks.add(sink)
+        sink._over.add_done_callback(lambda _: self._forget(sink))
+        return sink
 
-    def _add_here(self, there: LocalRelay, target: Target, join: str, begin: int | None) -> Sink:
-        here = there.add_sink(target, join=join, begin=begin)
-        return self._remember(Sink(new_token(), here.over, here))
+    def _forget(self, sink: Sink) -> None:
+        self._sinks.discard(sink)
+        self._waiting.pop(sink, None)
 
-    def _reader_beside(self, readable: _Readable, begin: int | None) -> LocalRelay:
+    async def _add(self, sink: Sink, begin: int | None) -> None:
+        """By the host if it can, by this process if that can. Raises OSError."""
+        while True:
+            if self._meanwhile is not None:
+                self._join_meanwhile(self._meanwhile, sink, begin)
+                return
+            await self._settled.wait()
+            if self._local is not None:
+                self._add_here(self._local, sink, begin)
+                return
+            try:
+                if await self._hand_out(sink, begin):
+                    return
+            except _NotMovable as error:
+                self._add_beside(sink, begin, error)
+                return
+            await asyncio.sleep(MOVE_PAUSE)  # the VM is about to leave; this relay will hear of it
+
+    def _add_here(self, there: LocalRelay, sink: Sink, begin: int | None) -> None:
+        sink._is_here(there.add_sink(sink._target, join=sink._options["join"], begin=begin))
+
+    def _add_beside(self, sink: Sink, begin: int | None, error: OSError) -> None:
+        readable = self._source.readable
+        if readable is None or self.over.done():
+            raise OSError(error.errno, f"{error.strerror}, and the relay is at the host") from None
+        if begin is None and sink._options["join"] == "oldest":
+            begin = readable.oldest()
+        self._add_here(self._reader_beside(readable, begin), sink, begin)
+
+    def _reader_beside(self, readable: Readable, begin: int | None) -> LocalRelay:
         """Of the same source, for clients that the host cannot take; it reads no longer than there are any."""
         for there in self._beside:
             if begin is None or there.keeps(begin):
@@ -128,20 +174,25 @@ class Relay:
         self._beside.add(there)
         return there
 
-    async def _hand_out(self, target: Target, options: dict[str, object]) -> Sink:
-        sock, resume = await _prepared(target)
+    async def _hand_out(self, sink: Sink, begin: int | None) -> bool:
+        """Whether the host has it; not if the VM is leaving. Raises OSError, _NotMovable."""
+        target = sink._target
+        sock, resume = await prepared(target)
         udp = sock.type == socket.SOCK_DGRAM
-        reason = None if udp else _unsuitable(target, sock)
+        reason = None if udp else unsuitable_target(target, sock)
         if reason is not None:
             if resume is not None:
                 resume()
             raise _NotMovable(errno.EOPNOTSUPP, EXPLANATIONS.get(reason, reason))
-        token, number = new_token(), next_number()
+        if udp and isinstance(target, socket.socket) and not sink._own:
+            sock = sink._keep_own(target)
+        number, sink.token = next_number(), new_token()  # each stay at a host is a transfer of its own
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        message = encode_relay("add_udp" if udp else "add_sink", number, token=token, relay=self.token, **options)
+        options = {**sink._options, "begin": begin}
+        message = encode_relay("add_udp" if udp else "add_sink", number, token=sink.token, relay=self.token, **options)
         reply = offload_asyncio.link().begin(
             number,
-            token,
+            sink.token,
             message,
             sock=None if udp else sock,
             fds=(sock.fileno(),),
@@ -151,18 +202,31 @@ class Relay:
         await asyncio.wait((reply, taken), return_when=asyncio.FIRST_COMPLETED)
         if not taken.done() and reply.result().outcome == "local":
             refusal = reply.result()
+            if _moves(refusal):
+                return False
             kind = OSError if refusal.reason in _OF_THE_RELAY else _NotMovable
             raise kind(refusal.errno or errno.EOPNOTSUPP, refusal.message or str(refusal.reason))
-        return Sink(token, _ended(reply))
+        sink.path, sink._here = "offloaded", None
+        reply.add_done_callback(lambda done: self._sink_over(sink, done))
+        return True
 
-    def _remember(self, sink: Sink) -> Sink:
-        self._sinks[sink.token] = sink
-        sink._over.add_done_callback(lambda _: self._sinks.pop(sink.token, None))
-        return sink
+    def _sink_over(self, sink: Sink, reply: asyncio.Future[Reply]) -> None:
+        error = reply.exception()
+        if error is not None:
+            sink._leave(Ending(0, "host_lost", str(error), None, alive=False))
+            return
+        said = reply.result()
+        if _moves(said) and not self.over.done() and sink in self._sinks:
+            sink._sent += said.sent
+            self._waiting[sink] = said.cursor
+            return
+        sink._leave(Ending(said.sent, said.reason, said.message, said.cursor, alive=said.outcome != "failed"))
 
     async def remove_sink(self, sink: Sink) -> Ending:
         """Call a client home; harmless if it has left."""
-        if not sink.over:
+        if sink in self._waiting:
+            sink._leave(Ending(0, None, "", self._waiting[sink], alive=True))
+        elif not sink.over:
             if sink._here is not None:
                 await sink._here.relay.remove(sink._here)
             else:
@@ -190,17 +254,22 @@ class Relay:
         if reply.done():
             reply.result()  # raises what happened to the agent
         found: dict[str, Any] | None = told.result()["relay_status"] if told.done() else None
-        return {**found, "sinks_here": sum(sink.path == "local" for sink in self._sinks.values())} if found else None
+        return {**found, "sinks_here": sum(sink.path == "local" for sink in self._sinks)} if found else None
 
     async def close(self) -> None:
         """All clients come home, the source too; returns when they have."""
         if self._local is not None:
             await self._local.close()
+        elif self._task is not None:
+            self._task.cancel()
+            self._end("closed")
+            if self._meanwhile is not None:
+                await self._meanwhile.close()
         else:
             self._tell("close_relay", relay=self.token)
         for there in list(self._beside):
             await there.close()
-        waiting: list[asyncio.Future[Any]] = [sink._over for sink in self._sinks.values()]
+        waiting: list[asyncio.Future[Any]] = [sink._over for sink in self._sinks]
         await asyncio.gather(*waiting, self.over, return_exceptions=True)
 
     def _end(self, why: str) -> None:
@@ -209,9 +278,145 @@ class Relay:
             self.over.set_result(why)
         for there in self._beside:
             there.end()
+        for sink, cursor in list(self._waiting.items()):
+            sink._leave(Ending(0, "relay_ended", why, cursor, alive=True))
+        self._settled.set()
 
     def _tell(self, operation: str, **fields: object) -> None:
         offload_asyncio.link().tell(encode_relay(operation, next_number(), **fields))
+
+    # The VM leaves its host, and works with one again.
+
+    def _follow(self, reply: asyncio.Future[Reply]) -> None:
+        """The host has it, until this reply."""
+        reply.add_done_callback(self._source_over)
+
+    def _source_over(self, reply: asyncio.Future[Reply]) -> None:
+        if reply.exception() is None and _moves(reply.result()) and not self.over.done():
+            self._settled.clear()
+            self._task = asyncio.get_running_loop().create_task(self._go_on(reply.result()))
+        else:
+            error = reply.exception()
+            self._end(str(error) if error else reply.result().message or reply.result().reason or "")
+
+    async def _go_on(self, left: Reply) -> None:
+        """Open it again from where it stood, and its sinks from where they did."""
+        try:
+            while any(sink._here is None and sink not in self._waiting for sink in self._sinks):
+                await asyncio.sleep(MOVE_PAUSE)
+            cursors = [cursor for cursor in self._waiting.values() if cursor is not None]
+            self._source.go_on(left.cursor or 0, bytes.fromhex(left.rest), cursors)
+            await self._relay_meanwhile()
+            if self.over.done():
+                return
+            await self._open()
+        except OSError as error:
+            self._task = None
+            self._end(str(error))
+            return
+        self._task = None
+        self._settled.set()
+        waiting, self._waiting = self._waiting, {}
+        await asyncio.gather(*(self._add_again(sink, cursor) for sink, cursor in waiting.items()))
+
+    async def _relay_meanwhile(self) -> None:
+        """A live stream needs no share: until the VM works with a host again, this process relays it."""
+        attendance = offload_asyncio.link().attendance
+        there = self._source.relay_meanwhile()
+        if there is None:
+            return
+        self._meanwhile, self.path = there, "local"
+        waiting, self._waiting = self._waiting, {}
+        for sink, cursor in waiting.items():
+            self._join_meanwhile(there, sink, cursor)
+        present = asyncio.ensure_future(attendance.present())
+        try:
+            await asyncio.wait((present, there.over), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            present.cancel()
+            self._meanwhile, self.path = None, "offloaded"
+        if there.over.done():
+            self._end(there.over.result())
+        await there.stop()
+        self._source.go_on(there.head, b"", [])
+
+    def _join_meanwhile(self, there: LocalRelay, sink: Sink, begin: int | None) -> None:
+        sink.path, sink._here = "local", there.add_sink(sink._target, join=sink._options["join"], begin=begin)
+        task = asyncio.get_running_loop().create_task(self._rejoin(sink, sink._here))
+        self._rejoining.add(task)
+        task.add_done_callback(self._rejoining.discard)
+
+    async def _rejoin(self, sink: Sink, here: LocalSink) -> None:
+        """When it has got everything that came meanwhile."""
+        ending = await here.over
+        if not ending.alive or here.removed or self.over.done():
+            sink._leave(ending)
+            return
+        sink._sent, sink._here = sink._sent + ending.sent, None
+        self._waiting[sink] = ending.cursor
+        if self._settled.is_set():
+            del self._waiting[sink]
+            await self._add_again(sink, ending.cursor)
+
+    async def _add_again(self, sink: Sink, cursor: int | None) -> None:
+        if cursor is None:
+            sink._options["join"] = "next_sync"  # it had been waiting for one
+        try:
+            await self._add(sink, cursor)
+        except OSError as error:
+            sink._leave(Ending(0, "peer_gone", str(error), cursor, alive=False))
+
+    async def _open(self) -> None:
+        """At the host, or here. Raises OSError for a source that nobody can read."""
+        link = offload_asyncio.link()
+        while True:
+            await link.attendance.present()
+            self._source.check()
+            refusal = await self._ask(link)
+            if refusal is None:
+                return
+            if not _moves(refusal):
+                break
+            await asyncio.sleep(MOVE_PAUSE)
+        message = refusal.message or str(refusal.reason)
+        if isinstance(self._source.given, int):
+            raise OSError(errno.EOPNOTSUPP, f"a UDP port of the host: {message}")
+        if refusal.outcome != "local":
+            raise OSError(refusal.errno or errno.EOPNOTSUPP, message)
+        self.path, self.reason, self.message = "local", refusal.reason, refusal.message
+        there = self._local = self._source.relay_here()
+        there.over.add_done_callback(lambda done: self._end(done.result()))
+
+    async def _ask(self, link: offload_asyncio.Link) -> Reply | None:
+        """None: the host has it."""
+        plan = await plan_of(self._source, link, await link.ready())
+        if plan.reason is not None:
+            if plan.resume is not None:
+                plan.resume()
+            return not_asked(plan.reason)
+        number, source_token = next_number(), new_token()
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        options = self._source.options
+        reply = link.begin(
+            number,
+            source_token,
+            encode_relay("publish", number, token=self.token, source_token=source_token, **plan.fields, **options),
+            sock=plan.sock,
+            fds=plan.fds,
+            when_over=plan.resume,
+            on_note=lambda note: None if taken.done() else taken.set_result(None),
+        )
+        try:
+            await asyncio.wait((reply, taken), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if plan.opened is not None:
+                if not taken.done():
+                    reply.cancel()  # if it is still to be sent: the descriptor may be another file by then
+                plan.opened.close()
+        if not taken.done() and reply.result().outcome != "offloaded":
+            return reply.result()
+        self._follow(reply)
+        return None
 
 
 async def publish(
@@ -243,161 +448,25 @@ async def publish(
         "max_sinks": max_sinks,
         "priority": priority,
         "offset": offset,
+        "first": 0,
+        "rest": "",
     }
-    link = offload_asyncio.link()
-    reason = await link.ready()
-    plan = await _plan(source, link, reason)
-    if plan.reason is not None:
-        if plan.resume is not None:
-            plan.resume()
-        return await _here(source, plan.reason, EXPLANATIONS.get(plan.reason, plan.reason), options)
-    token, number = new_token(), next_number()
-    taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    source_token = new_token()
-    reply = link.begin(
-        number,
-        source_token,
-        encode_relay("publish", number, token=token, source_token=source_token, **plan.fields, **options),
-        sock=plan.sock,
-        fds=plan.fds,
-        when_over=plan.resume,
-        on_note=lambda note: None if taken.done() else taken.set_result(None),
-    )
+    relay = Relay(new_token(), Source(source, options))
     try:
-        await asyncio.wait((reply, taken), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        if plan.opened is not None:
-            if not taken.done():
-                reply.cancel()  # if it is still to be sent: the descriptor may be another file by then
-            plan.opened.close()
-    if not taken.done():
-        refusal = reply.result()
-        if refusal.outcome == "local" and not isinstance(source, int):
-            return await _here(source, refusal.reason or "unknown", refusal.message, options)
-        if refusal.outcome != "offloaded":
-            raise OSError(refusal.errno or errno.EOPNOTSUPP, refusal.message or str(refusal.reason))
-    relay = Relay(token, readable=_readable(source, options))
-    reply.add_done_callback(lambda done: relay._end(_why_over(done)))
+        await relay._open()
+    except BaseException:
+        relay.over.cancel()
+        raise
     return relay
 
 
-def _why_over(reply: asyncio.Future[Reply]) -> str:
-    error = reply.exception()
-    return str(error) if error else reply.result().message or reply.result().reason or ""
-
-
-async def _here(source: Any, reason: str, message: str, options: dict[str, Any]) -> Relay:
-    """This process does it."""
-    if isinstance(source, int):
-        raise OSError(errno.EOPNOTSUPP, f"a UDP port of the host: {message}")
-    there = local_relay.begin(source, offset=options["offset"], **_ring_of(options))
-    relay = Relay(new_token(), there, reason=reason, message=message)
-    there.over.add_done_callback(lambda done: None if relay.over.done() else relay.over.set_result(done.result()))
-    return relay
-
-
-def _ring_of(options: dict[str, Any]) -> dict[str, int]:
-    return {name: options[name] for name in ("ring_entries", "entry_bytes")}
+def _moves(reply: Reply) -> bool:
+    """Whether that was because the VM is leaving its host."""
+    return reply.outcome == "local" and reply.reason == "draining" and offload_asyncio.link().attendance.away
 
 
 class _NotMovable(OSError):
     """The host cannot take this client."""
-
-
-@dataclass(frozen=True)
-class _Readable:
-    """A source that this process can read while the host does."""
-
-    source: IO[bytes] | Ring
-    options: dict[str, Any]
-
-    def newest(self) -> int:
-        """The position where a client begins that wants what comes: at the end, and at a packet's beginning. Raises OSError."""
-        source, first = self.source, int(self.options["offset"])
-        at = Ring(source.path).position if isinstance(source, Ring) else os.fstat(source.fileno()).st_size
-        return at - ((at - first) % PACKET if self.options["framing"] == "mpegts" else 0)
-
-    def oldest(self) -> int:
-        """The same for one that wants all that is kept."""
-        kept = self.options["ring_entries"] * (self.options["entry_bytes"] // PACKET * PACKET)
-        return max(int(self.options["offset"]), self.newest() - int(kept))
-
-    def relay(self, position: int) -> LocalRelay:
-        """From a position on."""
-        return local_relay.begin(self.source, offset=position, **_ring_of(self.options))
-
-
-def _readable(source: Any, options: dict[str, Any]) -> _Readable | None:
-    elsewhere = isinstance(source, int | socket.socket | asyncio.WriteTransport | asyncio.StreamWriter)
-    return None if elsewhere else _Readable(source, options)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How the host is asked. `resume` undoes what was done to the source for that, when it is back; `opened` is closed as soon as
-    the host has it."""
-
-    reason: str | None
-    fields: dict[str, object]
-    fds: tuple[int, ...] = ()
-    sock: Any = None
-    resume: Callable[[], None] | None = None
-    opened: IO[bytes] | None = None
-
-
-async def _plan(source: Any, link: offload_asyncio.Link, absent: str | None) -> _Plan:
-    if isinstance(source, int):
-        return _Plan(absent, {"source": "udp", "port": source})
-    if isinstance(source, Ring):
-        reason = absent or link.elsewhere(source.path)
-        file = None if reason else open(source.path, "rb", buffering=0)  # noqa: SIM115
-        return _Plan(reason, {"source": "ring"}, (file.fileno(),) if file else (), opened=file)
-    if not isinstance(source, socket.socket | asyncio.WriteTransport | asyncio.StreamWriter):
-        reason = absent or link.elsewhere(os.readlink(f"/proc/self/fd/{source.fileno()}"))
-        return _Plan(reason, {"source": "file"}, (source.fileno(),))
-    if absent is not None:
-        _must_not_block(source)
-        return _Plan(absent, {})
-    sock, resume = await _prepared(source)
-    return _Plan(_unsuitable(source, sock), {"source": "connection"}, (sock.fileno(),), sock, resume)
-
-
-def _unsuitable(target: Target, sock: Any) -> str | None:
-    if not isinstance(target, socket.socket) and target.get_extra_info("sslcontext") is not None:
-        return "upper_layer_protocol"
-    return unsuitable(sock)
-
-
-async def _prepared(target: Target) -> tuple[Any, Callable[[], None] | None]:
-    """A target's socket, with nothing left in its transport; and what lets the transport read again."""
-    _must_not_block(target)
-    if isinstance(target, socket.socket):
-        return target, None
-    transport: Any = target.transport if isinstance(target, asyncio.StreamWriter) else target
-    if transport.is_closing():
-        raise ConnectionResetError(errno.ECONNRESET, "the transport is closing")
-    await local.drain(transport)
-    return transport.get_extra_info("socket"), local.pause_reading(transport)
-
-
-def _must_not_block(target: Any) -> None:
-    if isinstance(target, socket.socket) and target.gettimeout() != 0 and target.type == socket.SOCK_STREAM:
-        raise ValueError("the socket must be non-blocking")
-
-
-def _ended(reply: asyncio.Future[Reply]) -> asyncio.Future[Ending]:
-    over: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
-
-    def done(reply: asyncio.Future[Reply]) -> None:
-        error = reply.exception()
-        if error is not None:
-            over.set_result(Ending(0, "host_lost", str(error), None, alive=False))
-            return
-        said = reply.result()
-        over.set_result(Ending(said.sent, said.reason, said.message, said.cursor, alive=said.outcome != "failed"))
-
-    reply.add_done_callback(done)
-    return over
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -6,7 +6,9 @@
                           with [socket, file]; {"v":1,"op":"reclaim","id":8,"token":"..."} with [socket];
                           {"v":1,"op":"status","id":9}
     agent -> application  {"v":1,"id":7,"outcome":"offloaded"|"local"|"failed","sent":N,"reason":...,"message":"...",
-                          "errno":...,"cursor":...} or {"v":1,"id":9,"status":{...}}
+                          "errno":...,"cursor":...,"away":...} or {"v":1,"id":9,"status":{...}}
+
+Of the VM that leaves its host and comes back: {"v":1,"op":"attend","id":8}; the rest is in `offload_move.py`.
 
 Of relays (all fields: `guest_agent/relays.py`):
 
@@ -72,7 +74,8 @@ class Refused(Exception):
 @dataclass(frozen=True)
 class Reply:
     """How a request ended; `sent` bytes were delivered by the host. `cursor`: of a relay's sink, the position where it would have
-    gone on."""
+    gone on, of its source where that stands; `rest`: what has come of the next entry, in hexadecimal digits; `away`: the VM is
+    leaving its host."""
 
     outcome: str
     sent: int
@@ -80,6 +83,8 @@ class Reply:
     message: str
     errno: int | None = None
     cursor: int | None = None
+    away: bool = False
+    rest: str = ""
 
 
 def here(reason: str) -> Reply:
@@ -138,6 +143,16 @@ def encode_status(number: int) -> bytes:
     return f'{{"v":1,"op":"status","id":{number}}}'.encode()
 
 
+def encode_attend(number: int) -> bytes:
+    """Wants to hear of the VM's leaving and coming back; goes alone."""
+    return f'{{"v":1,"op":"attend","id":{number}}}'.encode()
+
+
+def encode_let_go_of(number: int) -> bytes:
+    """Everything that was open on the share is let go of; goes alone."""
+    return f'{{"v":1,"op":"let_go_of","id":{number}}}'.encode()
+
+
 def encode_relay(operation: str, number: int, **fields: object) -> bytes:
     """Any of the requests that concern relays."""
     return json.dumps({"v": 1, "op": operation, "id": number, **fields}).encode()
@@ -186,7 +201,8 @@ def read_reply(message: Message) -> Reply:
     if outcome not in ("offloaded", "local", "failed") or type(sent) is not int or sent < 0:
         raise ValueError(f"outcome {outcome!r}, sent {sent!r}")
     reason, words = message.get("reason"), message.get("message") or ""
-    return Reply(outcome, sent, reason, words, message.get("errno"), message.get("cursor"))
+    more = {name: message[name] for name in ("errno", "cursor", "away", "rest") if name in message}
+    return Reply(outcome, sent, reason, words, **more)
 
 
 # The connection.

@@ -7,6 +7,7 @@ when they are home."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from guest_agent.handoff.snapshot import Snapshot
 from guest_agent.handoff.wire import Header
 
 Note = dict[str, Any]
-RING_FIELDS = ("framing", "ring_entries", "entry_bytes", "budget_ms", "max_sinks")
+RING_FIELDS = ("framing", "ring_entries", "entry_bytes", "budget_ms", "max_sinks", "first", "rest")
 SINK_FIELDS = ("priority", "join", "on_lag", "lag_soft", "lag_hard_ms", "begin")
 
 
@@ -54,15 +55,18 @@ class _Asked:
     finish: Callable[[Outcome], None]
     by_source: bool
     refusal: Outcome | None = None
+    left: Outcome | None = None
     sinks: dict[str, _Asked] = field(default_factory=dict)
 
 
 class Relays:
     """By token. `send` is the channel's; it raises ConnectionError while the host is away."""
 
-    def __init__(self, *, send: Send, is_up: Callable[[], bool]) -> None:
-        self._send_frame, self._is_up = send, is_up
+    def __init__(self, *, send: Send, is_up: Callable[[], bool], is_here: Callable[[], bool]) -> None:
+        self._send_frame, self._is_up, self._is_here = send, is_up, is_here
         self._open: dict[str, _Asked] = {}
+        self._closed = asyncio.Event()
+        self._closed.set()
         self._status: dict[str, list[Callable[[Note], None]]] = {}
 
     def _send(self, header: Header) -> None:
@@ -70,6 +74,16 @@ class Relays:
             self._send_frame(header, b"")
         except ConnectionError as error:
             raise HostError(Reason.HOST_AWAY, str(error)) from None
+
+    async def all_closed(self) -> None:
+        """Until none is open at the host."""
+        await self._closed.wait()
+
+    def _remove(self, token: str) -> _Asked | None:
+        asked = self._open.pop(token, None)
+        if not self._open:
+            self._closed.set()
+        return asked
 
     # From applications.
 
@@ -87,19 +101,26 @@ class Relays:
         end, unless the source is a connection: then that comes home. Raises HandoffError."""
         if not self._is_up():
             raise NotMovable(Reason.HOST_AWAY, "the host's service does not answer")
+        if not self._is_here():
+            raise NotMovable(Reason.DRAINING, "this VM is leaving its host")
         if token in self._open:
             raise GuestError(Reason.DUPLICATE, "a relay with this token is open")
         by_source = source["source"] == "connection"
         self._open[token] = _Asked(owner, answer, finish, by_source)
+        self._closed.clear()
         plan = {"path": "", "inode": 0, "offset": 0, "port": 0, **source, **options}
         self._send({"type": "relay_open", "token": token, **plan})
 
     def source_over(self, token: str, outcome: Outcome) -> Outcome:
         """A relay's source is no longer out: what its application is told."""
-        asked = self._open.pop(token, None)
-        if asked is not None and asked.refusal is None and outcome.outcome == "local" and self._is_up():
+        asked = self._remove(token)
+        if asked is None:
+            return outcome
+        if asked.left is not None and outcome.outcome == "local":
+            return asked.left
+        if asked.refusal is None and outcome.outcome == "local" and self._is_up():
             self._send({"type": "relay_close", "token": token})
-        return asked.refusal if asked is not None and asked.refusal is not None else outcome
+        return asked.refusal or outcome
 
     def add_udp(
         self,
@@ -150,7 +171,7 @@ class Relays:
         """An application died: so do its relays."""
         for token, asked in list(self._open.items()):
             if asked.owner is owner:
-                self._open.pop(token)
+                self._remove(token)
                 if self._is_up():
                     self._send({"type": "relay_close", "token": token})
 
@@ -189,6 +210,17 @@ class Relays:
     def _on_relay_ended(self, relay: str, header: Header, body: bytes) -> None:
         self._end(relay, Outcome("offloaded", 0, None, str(header.get("message", ""))))
 
+    def _on_relay_left(self, relay: str, header: Header, body: bytes) -> None:
+        """The VM leaves the host, which tells where the source stands. A connection that is its source is still to come home."""
+        cursor, rest = header.get("cursor"), header.get("rest")
+        told = Outcome("local", 0, Reason.DRAINING, "the VM leaves its host", cursor=cursor if type(cursor) is int else None)
+        told.rest = rest if type(rest) is str else ""
+        asked = self._open.get(relay)
+        if asked is not None and asked.by_source:
+            asked.left = told
+        else:
+            self._end(relay, told)
+
     def _on_relay_udp_added(self, relay: str, header: Header, body: bytes) -> None:
         if relay in self._open:
             sink = self._open[relay].sinks.get(str(header.get("token")))
@@ -199,7 +231,10 @@ class Relays:
         if relay in self._open:
             sink = self._open[relay].sinks.pop(str(header.get("token")), None)
             if sink is not None:
-                sink.finish(Outcome("offloaded", 0, _reason(header), str(header.get("message", ""))))
+                reason, message = _reason(header), str(header.get("message", ""))
+                outcome = "local" if reason is Reason.DRAINING else "offloaded"
+                cursor = header.get("cursor")
+                sink.finish(Outcome(outcome, 0, reason, message, cursor=cursor if type(cursor) is int else None))
 
     def _on_relay_status(self, relay: str, header: Header, body: bytes) -> None:
         waiting = self._status.pop(relay, [])
@@ -222,7 +257,7 @@ class Relays:
             sink.finish(Outcome("offloaded", 0, Reason.RELAY_ENDED, "the relay has ended"))
         asked.sinks.clear()
         if not asked.by_source:
-            del self._open[relay]
+            self._remove(relay)
             asked.finish(outcome)
 
 

@@ -37,8 +37,12 @@ _REMEMBERED = 8192
 class Transfers:
     """All transfers by token. `send` is the channel's; it raises ConnectionError while the host is away."""
 
-    def __init__(self, *, backend: Backend, keep: Hold | None, send: Send, is_up: Callable[[], bool]) -> None:
-        self._backend, self._keep, self._send, self._is_up = backend, keep, send, is_up
+    def __init__(
+        self, *, backend: Backend, keep: Hold | None, send: Send, is_up: Callable[[], bool], is_here: Callable[[], bool]
+    ) -> None:
+        self._backend, self._keep, self._send, self._is_up, self._is_here = backend, keep, send, is_up, is_here
+        self._home = asyncio.Event()
+        self._home.set()
         self._by_token: dict[str, Transfer] = {}
         self._by_cookie: dict[int, Transfer] = {}
         self._came_home: OrderedDict[str, None] = OrderedDict()
@@ -52,6 +56,10 @@ class Transfers:
     def __len__(self) -> int:
         return len(self._by_token)
 
+    async def all_home(self) -> None:
+        """Until nothing is out."""
+        await self._home.wait()
+
     # From applications.
 
     def begin(self, transfer: Transfer) -> None:
@@ -61,20 +69,23 @@ class Transfers:
                 raise GuestError(Reason.DUPLICATE, "a transfer with this token is under way")
             if not self._is_up():
                 raise NotMovable(Reason.HOST_AWAY, "the host's service does not answer")
+            if not self._is_here():
+                raise NotMovable(Reason.DRAINING, "this VM is leaving its host")
             hand_out.begin(transfer, self._backend, self._keep, self._send)
         except HandoffError as error:
             self._finish(transfer, Outcome("local", 0, error.reason, str(error)))
         except OSError as error:
             self._finish(transfer, Outcome("local", 0, Reason.NOT_ESTABLISHED, str(error), error.errno or 0))
         else:
-            self._by_token[transfer.token] = self._by_cookie[transfer.cookie] = transfer
+            self._add(transfer)
+            self._by_cookie[transfer.cookie] = transfer
             self.counters["handed_out"] += 1
             self._set_timer(transfer, OFFER_LIMIT, self._ask_again)
 
     def reclaim(self, transfer: Transfer, *, age: float) -> None:
         """An application comes back with the socket of a transfer that another life of this agent began, `age` seconds ago."""
         transfer.state, transfer.begun = Guest.OFFERED, time.monotonic() - age
-        self._by_token[transfer.token] = transfer
+        self._add(transfer)
         self.counters["reclaimed"] += 1
         if self._is_up():
             self._resume(transfer)
@@ -291,8 +302,14 @@ class Transfers:
         for transfer in list(self._by_token.values()):
             self._lose(transfer, f"the host's service did not answer for {DOUBT_LIMIT:g} s")
 
+    def _add(self, transfer: Transfer) -> None:
+        self._by_token[transfer.token] = transfer
+        self._home.clear()
+
     def _forget(self, transfer: Transfer) -> None:
         self._by_token.pop(transfer.token, None)
+        if not self._by_token:
+            self._home.set()
         self._by_cookie.pop(transfer.cookie, None)
         if transfer.timer is not None:
             transfer.timer.cancel()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from guest_agent.handoff.errors import Reason
+from guest_agent.handoff.presence import Presence
 from hypervisor_svc.errors import as_typed
 
 INSTALL = "python3 /srv/share/streamlift-agent.pyz install"
@@ -51,6 +52,9 @@ def _machine(machine: dict[str, Any], version: str) -> Iterator[Advice]:
         yield Advice(name, "no agent answers in it", _in_vm(name))
     elif _number(machine["agent_version"]) < _number(version):
         yield Advice(name, f"its agent is too old: {machine['agent_version']}, this service is {version}", _in_vm(name))
+    elif machine["presence"] == Presence.AWAY.value:
+        message = "it has left this host, to be moved or saved: nothing of it is offloaded"
+        yield Advice(name, message, f"sudo {as_typed(f'return {name}')}")
     if not machine["share"]:
         restart = f"sudo {as_typed(f'attach {name} --share FOLDER --restart')}"
         yield Advice(name, "it has no share: a share that was attached appears when the VM is started anew", restart)

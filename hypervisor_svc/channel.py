@@ -83,6 +83,12 @@ class Channel:
             self._stream = None
         self.state = "down"
 
+    def greet(self) -> None:
+        """The guest can hear now: do not wait with the next hello."""
+        if self._stream is not None and self.state != "hello":
+            self._session.say_hello()
+            self._flush()
+
     def send(self, header: Header, body: bytes = b"") -> bool:
         """Send one message; False if the guest is not there to get it."""
         if self._stream is None or not self._session.established:

@@ -38,8 +38,24 @@ class _Commands(TyperGroup):
             raise fail(str(error), f"make room: df -h {error.filename or '/'}") from None
 
 
+def examples(*lines: str) -> str:
+    """The last part of a command's help: what it looks like when it is typed."""
+    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
+
+
 app = typer.Typer(
-    cls=_Commands, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog=examples(
+        "sudo streamlift check                              # is this machine ready?",
+        "sudo streamlift serve                              # the service; systemd runs it too",
+        "sudo streamlift deploy tv1 --share /srv/media      # a VM whose server uses it",
+        "sudo streamlift attach myvm --share /srv/media --address 192.168.122.50 --restart",
+        "sudo streamlift top                                # what goes on",
+    ),
 )
 image_app = typer.Typer(no_args_is_help=True, help="Guest images.")
 app.add_typer(image_app, name="image")
@@ -60,11 +76,6 @@ def fail(message: str, hint: str = "", *, code: int = 1) -> typer.Exit:
     if hint:
         typer.echo(f"  {hint}", err=True)
     return typer.Exit(code)
-
-
-def examples(*lines: str) -> str:
-    """The last part of a command's help: what it looks like when it is typed."""
-    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
 
 
 def _config() -> Config:
@@ -203,6 +214,78 @@ def hand_back(
         raise fail("say which: a token, or --all", f"streamlift hand-back --all {domain}", code=2)
     result = _ask("hand_back", machine=domain, token=token)
     typer.echo(f"{result['handed_back']} connections are on their way home")
+
+
+LateChoice = Annotated[str, typer.Option(help="What becomes of a transfer that is late: finish (sent from here), reset, wait.")]
+Deadline = Annotated[float, typer.Option(help="Seconds without a connection that came home, after which others are late.", min=0)]
+
+
+def _late(value: str) -> str:
+    if value not in ("finish", "reset", "wait"):
+        raise fail(f"--late {value!r} is none of finish, reset, wait", code=2)
+    return value
+
+
+@app.command(epilog=examples("streamlift leave tv1", "streamlift leave --late reset tv1 && virsh save tv1 /srv/tv1.saved"))
+def leave(
+    domain: Annotated[str, typer.Argument(help="Name of the VM.")],
+    deadline: Deadline = 2.0,
+    late: LateChoice = "finish",
+    as_json: AsJson = False,
+) -> None:
+    """Bring everything of a VM home and have it unmount its share: then it can be migrated or saved by other means."""
+    from hypervisor_svc.move_commands import leave as run
+
+    run(_config().control_socket, domain, deadline=deadline, late=_late(late), as_json=as_json)
+
+
+@app.command("return", epilog=examples("streamlift return tv1"))
+def come_back(domain: Annotated[str, typer.Argument(help="Name of the VM.")], as_json: AsJson = False) -> None:
+    """The opposite of `leave`; also while that is under way."""
+    result = _ask("return", machine=domain)
+    typer.echo(json.dumps(result) if as_json else f"{domain} is here again, after {result['ms']:g} ms")
+
+
+@app.command(epilog=examples("streamlift expect tv1"))
+def expect(domain: Annotated[str, typer.Argument(help="Name of the VM.")], as_json: AsJson = False) -> None:
+    """Tell the service that a VM is about to come; libvirt's hook does. The service would find it by itself, within seconds."""
+    result = _ask("expect", machine=domain)
+    typer.echo(json.dumps(result) if as_json else f"{domain} is expected")
+
+
+@app.command(epilog=examples("streamlift migrate tv1 qemu+ssh://host2/system", "streamlift migrate --late wait --unsafe tv1 qemu+ssh://host2/system"))
+def migrate(
+    domain: Annotated[str, typer.Argument(help="Name of the VM.")],
+    destination: Annotated[str, typer.Argument(help="libvirt URI of the other host, as this host's libvirtd reaches it.")],
+    deadline: Deadline = 2.0,
+    late: LateChoice = "finish",
+    migrate_uri: Annotated[str | None, typer.Option(help="Where QEMU itself connects to.", metavar="URI")] = None,
+    destination_control: Annotated[
+        str | None, typer.Option(help="Control socket of the service there, if it can be reached from here.", metavar="SOCKET")
+    ] = None,
+    copy_storage: Annotated[bool, typer.Option("--copy-storage", help="Copy what the VM's disk has of its own.")] = False,
+    unsafe: Annotated[bool, typer.Option("--unsafe", help="Both hosts have the disk's storage; libvirt cannot tell.")] = False,
+    bandwidth: Annotated[int, typer.Option(help="MiB/s; 0: no limit of ours.", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Migrate a VM, live: its connections come home, it moves, and they are handed out there. Ctrl-C cancels."""
+    from hypervisor_svc.leave import Late
+    from hypervisor_svc.migrate import Plan
+    from hypervisor_svc.move_commands import migrate as run
+
+    plan = Plan(
+        destination=destination,
+        control=_config().control_socket,
+        destination_control=destination_control,
+        deadline=deadline,
+        late=Late(_late(late)),
+        migrate_uri=migrate_uri,
+        copy_storage=copy_storage,
+        unsafe=unsafe,
+        bandwidth=bandwidth,
+    )
+    with _libvirt() as connection:
+        run(connection, domain, plan, as_json=as_json)
 
 
 @app.command(

@@ -112,6 +112,7 @@ class StaticVm(_Section):
     share: str = Field(description="Folder that is exported to the VM over 9p.")
     addresses: tuple[str, ...] = Field(description="The VM's own addresses.", min_length=1)
     bridge: str | None = Field(default=None, description="Host bridge that the VM is a port of; default: the VM is routed.")
+    qmp: str | None = Field(default=None, description="Unix socket of a QMP monitor that nobody else uses; default: not watched.")
 
     @field_validator("addresses")
     @classmethod

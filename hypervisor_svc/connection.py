@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from guest_agent.handoff import fault
 from guest_agent.handoff.errors import Reason
+from guest_agent.handoff.presence import Presence
 from guest_agent.handoff.snapshot import Endpoint
 from guest_agent.handoff.state import Host, move_host
 from guest_agent.handoff.wire import Header
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, repr=False)
 class Guest:
-    """A VM with a channel: what it is, what it has out, what was counted (`refused`, `lost`: by reason). Bytes and
-    numbers since the service's start."""
+    """A VM with a channel: what it is, what it has out, what was counted (`refused`, `lost`: by reason). Bytes and numbers since
+    the service's start. `presence` is what its agent says; `call` counts how often it was asked to leave, and `answers`: it has
+    heard the last one."""
 
     machine: Machine
     channel: Channel | None = None
@@ -47,6 +49,32 @@ class Guest:
     draining: bool = False
     paused_until: float = 0.0
     """time.monotonic(); until then nothing more goes out, for a measurement."""
+    gone: bool = False
+    paused: bool = False
+    presence: Presence = Presence.HERE
+    presence_message: str = ""
+    call: int = 0
+    answers: bool = False
+    _waiting: list[asyncio.Future[None]] = field(default_factory=list)
+
+    @property
+    def stays(self) -> bool:
+        """Whether its agent has heard the last call to leave, and is not leaving (any more)."""
+        return self.answers and self.presence in (Presence.HERE, Presence.RETURNING)
+
+    async def news(self, seconds: float | None) -> bool:
+        """Until something of it changes: its presence, its channel, what it has out. False: not within so many seconds."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        done, _ = await asyncio.wait((future,), timeout=seconds)
+        return bool(done)
+
+    def changed(self) -> None:
+        """Whoever waits for news goes on."""
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
 
     @property
     def backend(self) -> str:
@@ -74,6 +102,7 @@ class Guest:
 class Connection:
     """A client's connection while the host has it. `sent` counts bytes given to the socket; `ready`: the guest's place-holder
     stands where the connection will arrive (None: it has not said yet); `direct`: it goes home without a second question.
+    `rolled_back`: bytes of the file that were queued and are not on their way home; `kept`: nobody will take it home, it ends here.
     `relay`: what it is a sink or the source of, `sink` its number there, `cursor` the position where it would go on."""
 
     guest: Guest
@@ -98,6 +127,8 @@ class Connection:
     parting: tuple[Header, bytes] | None = None
     fin: bytes = b""
     timer: asyncio.TimerHandle | None = None
+    rolled_back: int = 0
+    kept: bool = False
     relay: Relay | None = None
     sink: int = 0
     cursor: int | None = None

@@ -12,14 +12,15 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from hypervisor_svc.errors import OperatorError, as_root, as_typed
 
 log = logging.getLogger("streamlift.control")
 
-Handler = Callable[[dict[str, Any]], dict[str, Any]]
+Answer = dict[str, Any]
+Handler = Callable[[dict[str, Any]], Answer | Awaitable[Answer]]
 MAX_LINE = 1 << 16
 CALL_TIMEOUT = 30.0
 
@@ -54,14 +55,14 @@ class ControlServer:
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while line := await reader.readline():
-                writer.write(json.dumps(self._answer(line)).encode() + b"\n")
+                writer.write(json.dumps(await self._answer(line)).encode() + b"\n")
                 await writer.drain()
         except (ConnectionError, ValueError, asyncio.LimitOverrunError):
             log.debug("a control connection ended early")
         finally:
             writer.close()
 
-    def _answer(self, line: bytes) -> dict[str, Any]:
+    async def _answer(self, line: bytes) -> Answer:
         try:
             request = json.loads(line)
         except (ValueError, RecursionError):
@@ -72,16 +73,17 @@ class ControlServer:
         handler = self._handlers.get(command)
         if handler is None:
             return _refusal(f"no command {command!r}", "there are: " + ", ".join(self._handlers))
-        return _run(handler, request)
+        return await _run(handler, request)
 
 
 def _refusal(message: str, hint: str = "") -> dict[str, Any]:
     return {"ok": False, "error": message, "hint": hint}
 
 
-def _run(handler: Handler, request: dict[str, Any]) -> dict[str, Any]:
+async def _run(handler: Handler, request: dict[str, Any]) -> Answer:
     try:
-        return {"ok": True, "result": handler(request)}
+        answer = handler(request)
+        return {"ok": True, "result": answer if isinstance(answer, dict) else await answer}
     except KeyError as error:
         return _refusal(f"the request has no {error.args[0]!r}")
     except OperatorError as error:
@@ -94,11 +96,11 @@ def _run(handler: Handler, request: dict[str, Any]) -> dict[str, Any]:
         return _refusal("the service failed to answer", "its log says why")
 
 
-def call(path: str, command: str, **arguments: Any) -> dict[str, Any]:
-    """Ask the service and return its result. Raises ControlError."""
+def call(path: str, command: str, *, patience: float = CALL_TIMEOUT, **arguments: Any) -> dict[str, Any]:
+    """Ask the service and return its result; `patience`: seconds that its answer may take. Raises ControlError."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(CALL_TIMEOUT)
+            connection.settimeout(patience)
             connection.connect(path)
             connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             with connection.makefile("rb") as lines:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_URI = "qemu:///system"
 INTERVAL = 5.0  # seconds between comparisons when no event asks for one
+JOB_INTERVAL = 0.2  # seconds between two looks at whether a migration still goes on
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class Domains:
         *,
         on_up: Callable[[Machine], None],
         on_down: Callable[[str], None],
+        on_migrating: Callable[[str], None] = lambda uuid: None,
+        on_stays: Callable[[str], None] = lambda uuid: None,
+        on_paused: Callable[[str, bool], None] = lambda uuid, paused: None,
     ) -> None:
         self.uri = uri
         self.connected = False
@@ -60,9 +64,12 @@ class Domains:
         self.without_channel: tuple[str, ...] = ()
         self._on_up = on_up
         self._on_down = on_down
+        self._on_migrating, self._on_stays, self._on_paused = on_migrating, on_stays, on_paused
+        self._moving: set[str] = set()
         self._connection: libvirt.virConnect | None = None
         self._wanted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._following: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Begin, in the running asyncio loop. libvirtd may be away: it is tried again."""
@@ -76,6 +83,8 @@ class Domains:
         if self._task is not None:
             self._task.cancel()
             self._task = None
+        for task in self._following:
+            task.cancel()
         self._disconnect()
 
     def refresh(self) -> None:
@@ -137,12 +146,13 @@ class Domains:
         # A libvirtd that hangs counts as away after 5 * 3 s.
         connection.setKeepAlive(5, 3)
         for event in (
-            libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE,
             libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE,
             libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED,
             libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED,
         ):
             connection.domainEventRegisterAny(None, event, self._event, None)
+        connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION, self._iteration, None)
+        connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lives, None)
         connection.registerCloseCallback(self._event, None)
         return connection
 
@@ -155,8 +165,50 @@ class Domains:
                 connection.close()
 
     def _event(self, *_details: Any) -> None:
+        self._tell(self._wanted.set)
+
+    def _iteration(self, _connection: Any, domain: Any, _iteration: int, _opaque: Any) -> None:
+        """Memory is being copied: a migration has begun (the first of them comes with its start), or goes on."""
+        uuid = domain.UUIDString()
+        self._tell(self._migrates, uuid)
+
+    def _lives(self, _connection: Any, domain: Any, event: int, _detail: int, _opaque: Any) -> None:
+        """It came, went, was paused or resumed. libvirt takes one callback of ours for each kind of event."""
+        self._event()
+        if event in (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_RESUMED):
+            self._tell(self._on_paused, domain.UUIDString(), event == libvirt.VIR_DOMAIN_EVENT_SUSPENDED)
+
+    def _tell(self, what: Callable[..., object], *arguments: object) -> None:
+        """From libvirt's thread to the loop's."""
         with contextlib.suppress(RuntimeError):  # the asyncio loop has ended
-            self._loop.call_soon_threadsafe(self._wanted.set)
+            self._loop.call_soon_threadsafe(what, *arguments)
+
+    # A migration that somebody started. libvirt tells of its beginning and of its success, but not that it came to nothing.
+
+    def _migrates(self, uuid: str) -> None:
+        if uuid in self.machines and uuid not in self._moving:
+            self._moving.add(uuid)
+            self._on_migrating(uuid)
+            task = self._loop.create_task(self._follow(uuid))
+            self._following.add(task)
+            task.add_done_callback(self._following.discard)
+
+    async def _follow(self, uuid: str) -> None:
+        while uuid in self.machines:
+            await asyncio.sleep(JOB_INTERVAL)
+            if not await asyncio.to_thread(self._has_job, uuid):
+                if uuid in self.machines:
+                    self._on_stays(uuid)
+                break
+        self._moving.discard(uuid)
+
+    def _has_job(self, uuid: str) -> bool:
+        """Whether libvirt still works on it; True too if that cannot be told: then it is gone, or libvirt is."""
+        try:
+            assert self._connection is not None
+            return bool(self._connection.lookupByUUIDString(uuid).jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE)
+        except (libvirt.libvirtError, AssertionError):
+            return True
 
 
 def open_connection(uri: str = DEFAULT_URI) -> libvirt.virConnect:

@@ -7,9 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import logging
-import struct
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from typing import Any, TypeVar
 from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.errors import GuestError, HandoffError, HostError, Reason
 from guest_agent.handoff.hold import Hold
-from guest_agent.handoff.segment import is_intact
+from guest_agent.handoff.presence import Presence
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Established, Event, Header, Message, Violation
 from hypervisor_svc.channel import Channel
@@ -26,6 +24,7 @@ from hypervisor_svc.connection import Connection, Durations, Guest
 from hypervisor_svc.domains import Machine
 from hypervisor_svc.hand_back import HandBack
 from hypervisor_svc.handoff import Handoff
+from hypervisor_svc.held_packets import HeldPackets
 from hypervisor_svc.inject import Injector
 from hypervisor_svc.policy import (
     Job,
@@ -33,12 +32,11 @@ from hypervisor_svc.policy import (
     check_flow,
     read_job,
     read_relay_job,
-    read_relay_plan,
     read_token,
-    read_udp_job,
 )
 from hypervisor_svc.redirect import Flow, Redirect
 from hypervisor_svc.relay import RelayLimits, Relays, choose
+from hypervisor_svc.relay_words import RelayWords
 from hypervisor_svc.schedule import Schedule
 from hypervisor_svc.serve import Server
 from hypervisor_svc.splice_user import UserEngine
@@ -54,7 +52,6 @@ MEASURE_INTERVAL = 1.0
 LINGER = 60.0
 """Seconds that the redirect of a connection which the host closed stays at most, while its last packets pass."""
 LINGER_INTERVAL = 0.5
-MAX_SEGMENTS = 4096
 HOMEWARD = 8
 """Connections of relays that are sent home between two looks at everything else."""
 _REMEMBERED = 8192
@@ -91,9 +88,10 @@ class Guests:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.durations = Durations()
-        self._about, self._limits, self._keep, self._injector = about, limits, keep, injector
+        self._about, self._limits = about, limits
+        self._held = HeldPackets(keep, injector)
         self._handoff = Handoff(backend, redirect, keep, self.durations)
-        self._hand_back = HandBack(backend, redirect, keep, injector, self.durations, collect=self.collect_held)
+        self._hand_back = HandBack(backend, redirect, keep, injector, self.durations, collect=self._held.collect)
         self.schedule = Schedule()
         self._server = Server(self.schedule, quantum=quantum, on_finished=self._finished, on_gone=self._client_gone)
         self._user_engine = UserEngine(self.schedule)
@@ -106,14 +104,13 @@ class Guests:
             on_gone=self._client_gone,
             on_lagged=self._lagged,
         )
+        self._relay_words = RelayWords(self.relays, go_home=self._finished)
         self._homeward: deque[Connection] = deque()
+        self._kept: set[Connection] = set()
         self._by_uuid: dict[str, Guest] = {}
-        self._by_cookie: dict[int, Connection] = {}
         self._offered_flows: OrderedDict[str, Flow] = OrderedDict()
         self._over: OrderedDict[str, Header] = OrderedDict()
         self._started = self._loop.time()
-        if keep is not None:
-            self._loop.add_reader(keep, self.collect_held)
         self._measure()
 
     def _measure(self) -> None:
@@ -151,33 +148,82 @@ class Guests:
             return
         assert guest.channel is not None
         guest.channel.stop()
+        guest.gone = True
         self.relays.guest_gone(guest)
-        for connection in list(guest.connections.values()):
-            self._recall(connection)
-            self._end(connection)
+        self._end_all(guest)
+        guest.changed()
+
+    def pause(self, uuid: str, *, paused: bool) -> None:
+        """A VM's processors stand still, or go on. Files and relays go on as well; who is finished waits to come home, however long
+        that takes."""
+        guest = self._by_uuid.get(uuid)
+        if guest is not None:
+            guest.paused = paused
+            if not paused and guest.channel is not None:
+                guest.channel.greet()
 
     def close(self) -> None:
         """Stop everything; what is still out is ended."""
         for uuid in list(self._by_uuid):
             self.machine_down(uuid)
+        for connection in list(self._kept):
+            self._end(connection)
         self._server.close()
         if self._engine is not self._user_engine:
             self._engine.close()
         self._user_engine.close()
         self.schedule.close()
         self._meter.cancel()
-        if self._keep is not None:
-            self._loop.remove_reader(self._keep)
+        self._held.close()
 
     def hand_back_all(self, guest: Guest, reason: Reason, token: str | None = None) -> int:
-        """Stop transfers at a byte boundary and send their connections home; the application sends the rest itself."""
+        """Stop transfers at a byte boundary and send their connections home, soon; the application sends the rest itself."""
         chosen = [c for c in guest.connections.values() if c.state is Host.SERVING and token in (None, c.token)]
         for connection in chosen:
-            if not connection.finished:
+            if connection.reason is None:
                 connection.reason, connection.message = reason, "the host gives the connection back"
             self._stop(connection)
-            self._finished(connection)
+            self._go_home(connection)
         return len(chosen)
+
+    # A VM that leaves. The order of its steps is in `leave.py`.
+
+    def call_home(self, guest: Guest) -> None:
+        """Everything of a VM that is leaving."""
+        for relay in list(guest.relays.values()):
+            self.relays.leave(relay)
+        self.hand_back_all(guest, Reason.DRAINING)
+
+    def take_again(self, guest: Guest) -> None:
+        """It stays after all, or has come back."""
+        guest.draining = False
+
+    def keep(self, connection: Connection) -> bool:
+        """The rest of a file is sent from here, whoever was to have the connection; False if that is not to be."""
+        if isinstance(connection.job, RelayJob) or connection.direct:
+            return False
+        if connection.state is Host.RETURNING:
+            try:
+                self._hand_back.take_again(connection)
+            except (HandoffError, OSError):
+                return False
+        self._tell_failed(connection, errno.ECONNABORTED, Reason.KEPT, "the host that the VM left sends the rest and closes")
+        connection.kept = True
+        connection.guest.counters["kept"] += 1
+        connection.guest.connections.pop(connection.token, None)
+        self._kept.add(connection)
+        with contextlib.suppress(ValueError):
+            self._homeward.remove(connection)
+        if connection.timer is not None:
+            connection.timer.cancel()
+        self._server.add(connection)
+        return True
+
+    def end_late(self, connection: Connection) -> None:
+        """One that did not come home in time."""
+        self._recall(connection)
+        self._end(connection)
+        self._tell_failed(connection, errno.ECONNRESET, Reason.TIMED_OUT, "the connection did not come home before the VM left")
 
     def _stop(self, connection: Connection) -> None:
         """Send nothing more; idempotent."""
@@ -190,26 +236,29 @@ class Guests:
         if isinstance(event, Message):
             self._message(guest, event)
         elif isinstance(event, Established):
-            same = guest.hello.get("instance") == event.hello.get("instance")
-            guest.hello = event.hello
+            before, guest.hello = guest.hello, event.hello
+            same = before.get("instance") == event.hello.get("instance")
             log.info("%s: agent %s answers", guest.machine.name, event.hello.get("agent_version", "?"))
             if same:
                 self._say_again(guest)
             else:
-                self._close_relays(guest)
+                self._another_life(guest, rebooted=before.get("boot") not in (None, event.hello.get("boot")))
+            guest.changed()
         elif isinstance(event, Violation):
             self._count_refusal(guest, event.reason, event.message)
 
     def _message(self, guest: Guest, event: Message) -> None:
-        handler: Callable[[Guest, Header, bytes], None] | None = getattr(self, f"_on_{event.header['type']}", None)
+        kind = event.header["type"]
+        found = getattr(self, f"_on_{kind}", None) or getattr(self._relay_words, f"on_{kind}", None)
+        handler: Callable[[Guest, Header, bytes], None] | None = found
         try:
             if handler is None:
-                raise GuestError(Reason.BAD_REQUEST, f"message type {event.header['type']!r:.40}")
+                raise GuestError(Reason.BAD_REQUEST, f"message type {kind!r:.40}")
             handler(guest, event.header, event.body)
         except HandoffError as error:
             self._count_refusal(guest, error.reason, str(error))
         except OSError as error:
-            log.exception("%s: %s", guest.machine.name, event.header["type"])
+            log.exception("%s: %s", guest.machine.name, kind)
             self._count_refusal(guest, Reason.RESTORE_FAILED, str(error))
 
     def _count_refusal(self, guest: Guest, reason: Reason, message: str) -> None:
@@ -219,19 +268,33 @@ class Guests:
 
     def _down(self, guest: Guest) -> None:
         """The channel is lost. Transfers go on; what nobody claims in time is ended."""
+        guest.changed()
         self._loop.call_later(self._limits.orphan_timeout, self._end_orphans, guest)
 
     def _end_orphans(self, guest: Guest) -> None:
         if guest.channel is not None and guest.channel.state == "hello":
             return
+        if guest.paused:
+            self._loop.call_later(self._limits.orphan_timeout, self._end_orphans, guest)
+            return
         for connection in list(guest.connections.values()):
             if connection.finished or connection.state is Host.RETURNING:
                 self._end(connection)
 
-    def _close_relays(self, guest: Guest) -> None:
-        """Another life of the agent does not know for whom it opened them. Their connections go home, to those who ask for them."""
+    def _another_life(self, guest: Guest, *, rebooted: bool) -> None:
+        """Another life of the agent does not know for whom it opened relays. Their connections go home, to those who ask for them.
+        Whether it is here it says itself. After a reboot nobody is left who could ask."""
+        guest.draining, guest.presence, guest.presence_message = False, Presence.HERE, ""
         for relay in list(guest.relays.values()):
             self.relays.close(relay)
+        if rebooted:
+            self._end_all(guest)
+
+    def _end_all(self, guest: Guest) -> None:
+        """Nobody is left who could take its connections back."""
+        for connection in list(guest.connections.values()):
+            self._recall(connection)
+            self._end(connection)
 
     def _say_again(self, guest: Guest) -> None:
         """The channel was cut: whether the guest heard that these come home, or we that they did, nobody knows."""
@@ -291,7 +354,7 @@ class Guests:
     def _serve(self, guest: Guest, connection: Connection) -> None:
         """The guest is told, and then it is ours."""
         guest.connections[connection.token] = connection
-        self._by_cookie[connection.cookie] = connection
+        self._held.add(connection)
         guest.counters["handed_out"] += 1
         guest.send({"type": "taken", "token": connection.token})
         try:
@@ -305,7 +368,7 @@ class Guests:
             self._relay(connection)
         else:
             self._server.add(connection)
-        self.collect_held()
+        self._held.collect()
 
     def _relay(self, connection: Connection) -> None:
         try:
@@ -313,53 +376,6 @@ class Guests:
         except HandoffError as error:
             connection.reason, connection.message = error.reason, str(error)
             self._finished(connection)
-
-    # What a guest says of relays.
-
-    def _on_relay_open(self, guest: Guest, header: Header, body: bytes) -> None:
-        token = read_token(header)
-        try:
-            self.relays.open(guest, read_relay_plan(header))
-        except HandoffError as error:
-            self._refuse_relay(guest, token, token, error)
-            raise
-        guest.send({"type": "relay_opened", "relay": token})
-
-    def _on_relay_close(self, guest: Guest, header: Header, body: bytes) -> None:
-        relay = guest.relays.get(read_token(header))
-        if relay is not None:
-            self.relays.close(relay)
-
-    def _on_relay_remove(self, guest: Guest, header: Header, body: bytes) -> None:
-        """A sink, or the source, is to come home."""
-        connection = guest.connections.get(read_token(header))
-        if connection is not None and connection.relay is not None:
-            self.relays.release(connection)
-            self._finished(connection)
-
-    def _on_relay_udp(self, guest: Guest, header: Header, body: bytes) -> None:
-        token = read_token(header)
-        try:
-            job = read_udp_job(header)
-            self.relays.add_udp(guest, job)
-        except HandoffError as error:
-            self._refuse_relay(guest, str(header.get("relay")), token, error)
-            raise
-        guest.send({"type": "relay_udp_added", "relay": job.relay, "token": token})
-
-    def _on_relay_udp_remove(self, guest: Guest, header: Header, body: bytes) -> None:
-        relay = guest.relays.get(str(header.get("relay")))
-        if relay is not None:
-            self.relays.remove_udp(relay, read_token(header))
-
-    def _on_relay_status(self, guest: Guest, header: Header, body: bytes) -> None:
-        relay = guest.relays.get(read_token(header))
-        row = self.relays.row(relay, sinks=False) if relay is not None else None
-        guest.send({"type": "relay_status", "relay": read_token(header)}, json.dumps(row).encode())
-
-    def _refuse_relay(self, guest: Guest, relay: str, token: str, error: HandoffError) -> None:
-        reply = {"type": "relay_refused", "relay": relay, "token": token, "reason": error.reason.value}
-        guest.send({**reply, "message": str(error), "errno": error.errno})
 
     def _on_standing_by(self, guest: Guest, header: Header, body: bytes) -> None:
         connection = guest.connections.get(read_token(header))
@@ -382,7 +398,7 @@ class Guests:
         connection = self._returning(guest, header)
         if not connection.direct:
             self._hand_back.unredirect(connection)
-        self.collect_held()  # after the last packet that can have come to our copy
+        self._held.collect()  # after the last packet that can have come to our copy
         self._forget(connection)
         self._remember(self._over, connection.token, self._hand_back.release(connection))
         guest.counters["handed_back"] += 1
@@ -406,9 +422,7 @@ class Guests:
         flow = connection.flow if connection else self._offered_flows.get(token)
         if flow is None or flow.server.address not in guest.machine.addresses:
             raise GuestError(Reason.UNKNOWN_TRANSFER, "late packets of a transfer that never was")
-        for segment in _segments(body):
-            guest.counters["late_packets"] += 1
-            self._injector.inject(flow, segment)
+        self._held.put_back(guest, flow, body)
 
     def _on_resume(self, guest: Guest, header: Header, body: bytes) -> None:
         """The agent lost the thread: tell it again where this transfer stands."""
@@ -440,12 +454,30 @@ class Guests:
             return GuestError(Reason.UNKNOWN_TRANSFER, "the host does not have this connection")
         return HostError(Reason.HOST_LOST, "the host's service was restarted meanwhile")
 
+    def _on_presence(self, guest: Guest, header: Header, body: bytes) -> None:
+        """`leave.py` waits for it; a VM that comes back by itself is as welcome as one that was called."""
+        try:
+            state = Presence(header.get("state"))
+        except ValueError:
+            raise GuestError(Reason.BAD_REQUEST, f"presence {header.get('state')!r:.40}") from None
+        was_away = guest.presence is Presence.AWAY
+        guest.presence, guest.presence_message = state, str(header.get("message", ""))[:500]
+        guest.answers = header.get("call") == guest.call
+        if guest.stays or (was_away and state is not Presence.AWAY):
+            guest.draining = False
+        elif state is Presence.AWAY and not guest.call:
+            guest.send({"type": "return"})  # it left in a former life, and was restored or moved here
+        guest.changed()
+
     # What becomes of a connection.
 
     def _finished(self, connection: Connection) -> None:
         """Sent and acknowledged, or stopped: it goes home, if there is a home."""
         guest = connection.guest
         if connection.state is not Host.SERVING:
+            return
+        if connection.kept:
+            self._close(connection)
             return
         if guest.channel is None or guest.channel.state != "hello":
             self._loop.call_later(self._limits.orphan_timeout, self._end_orphans, guest)
@@ -459,6 +491,7 @@ class Guests:
         try:
             self._hand_back.hand_back(connection)
         except (HandoffError, OSError) as error:
+            log.info("%s: %s cannot go home: %s", guest.machine.name, connection.flow.client, error)
             self._client_gone(connection, error.errno or errno.ECONNRESET)
             return
         connection.timer = self._loop.call_later(RETURN_LIMIT, self._never_came_home, connection)
@@ -493,7 +526,9 @@ class Guests:
             self._hand_back.recall(connection)
 
     def _never_came_home(self, connection: Connection) -> None:
-        if connection.state is Host.RETURNING:
+        if connection.guest.paused:
+            connection.timer = self._loop.call_later(RETURN_LIMIT, self._never_came_home, connection)
+        elif connection.state is Host.RETURNING:
             log.warning("%s: %s was never taken back", connection.guest.machine.name, connection.token)
             connection.guest.refused[Reason.TIMED_OUT.value] += 1
             connection.reason = Reason.TIMED_OUT
@@ -513,13 +548,15 @@ class Guests:
         self._end(connection)
         self._tell_failed(connection, errno.ETIMEDOUT)
 
-    def _tell_failed(self, connection: Connection, number: int) -> None:
+    def _tell_failed(self, connection: Connection, number: int, reason: Reason | None = None, message: str = "") -> None:
+        if connection.kept:
+            return  # it was told
         failure = {
             "type": "failed",
             "token": connection.token,
             "errno": number,
-            "reason": (connection.reason or Reason.PEER_GONE).value,
-            "message": connection.message or "the client is gone",
+            "reason": (reason or connection.reason or Reason.PEER_GONE).value,
+            "message": message or connection.message or "the client is gone",
             "sent": connection.sent,
         }
         self._remember(self._over, connection.token, failure)
@@ -554,41 +591,8 @@ class Guests:
 
     def _forget(self, connection: Connection) -> None:
         connection.guest.connections.pop(connection.token, None)
-        self._by_cookie.pop(connection.cookie, None)
+        connection.guest.changed()
+        self._kept.discard(connection)
+        self._held.remove(connection)
         if connection.timer is not None:
             connection.timer.cancel()
-
-    # Packets that frozen sockets did not take.
-
-    def collect_held(self) -> None:
-        """Sort what the hold kept; what belongs to a thawed connection goes back on the road at once."""
-        if self._keep is None:
-            return
-        for cookie, segment in self._keep.drain():
-            connection = self._by_cookie.get(cookie)
-            if connection is None:
-                continue
-            assert connection.endpoint is not None
-            if not is_intact(segment, connection.flow.client.address, connection.endpoint.address):
-                connection.guest.counters["damaged_packets"] += 1
-                continue
-            connection.guest.counters["held_packets"] += 1
-            if connection.state is Host.SERVING:
-                self._injector.inject(connection.flow, segment)
-            else:
-                connection.held.append(segment)
-
-
-def _segments(body: bytes) -> list[bytes]:
-    """Split the body of a `late` or `home` message. Raises GuestError."""
-    segments: list[bytes] = []
-    at = 0
-    while at < len(body) and len(segments) < MAX_SEGMENTS:
-        if at + 4 > len(body):
-            raise GuestError(Reason.BAD_REQUEST, "late packets: a length is cut short")
-        (length,) = struct.unpack_from(">I", body, at)
-        if not 20 <= length <= 65535 or at + 4 + length > len(body):
-            raise GuestError(Reason.BAD_REQUEST, f"late packets: a segment of {length} bytes")
-        segments.append(body[at + 4 : at + 4 + length])
-        at += 4 + length
-    return segments

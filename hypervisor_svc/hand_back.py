@@ -27,7 +27,7 @@ from dataclasses import replace
 from guest_agent.handoff import kernel
 from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.diag import tcp_state
-from guest_agent.handoff.errors import HandoffError
+from guest_agent.handoff.errors import HandoffError, Reason
 from guest_agent.handoff.freeze import is_frozen
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.segment import absorb, is_stale
@@ -36,8 +36,11 @@ from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Header
 from hypervisor_svc.connection import Connection, Durations
 from hypervisor_svc.inject import Injector, fin_segment
+from hypervisor_svc.policy import RelayJob
 from hypervisor_svc.redirect import Redirect
 
+CALLED_HOME = frozenset({Reason.OPERATOR, Reason.DRAINING})
+"""Reasons of those who want a connection home before its time."""
 _ACK_DELAY = 200
 """Milliseconds that an ACK may be delayed (TCP_DELACK_MAX)."""
 
@@ -68,6 +71,7 @@ class HandBack:
             with self._durations.of("freeze_extract"):
                 snapshot = self._take(connection)
                 connection.move(Host.FROZEN)
+            _roll_back(connection, snapshot)
             connection.direct = _as_expected(connection, snapshot) and self._unredirected(connection)
             self._collect()
             snapshot, held = absorb(snapshot, connection.held)
@@ -95,7 +99,8 @@ class HandBack:
 
     def _take(self, connection: Connection) -> Snapshot:
         assert connection.sock is not None
-        snapshot = self._backend.take(connection.sock, self._keep, own=True, known=connection.job.snapshot)
+        spare = 0 if isinstance(connection.job, RelayJob) else connection.sent
+        snapshot = self._backend.take(connection.sock, self._keep, own=True, known=connection.job.snapshot, spare=spare)
         if self._backend.name == connection.guest.backend == "socket_offload":
             return snapshot  # it carries everything, and while it is frozen no timer runs
         owes_ack = snapshot.window.rcv_wup != snapshot.receive_next
@@ -113,6 +118,17 @@ class HandBack:
                 window=min(65535, snapshot.window.snd_wnd >> (snapshot.send_scale or 0)),
             )
         return snapshot
+
+    def take_again(self, connection: Connection) -> None:
+        """One whose snapshot is on its way, and that the guest has not said to have: packets come to our copy all the time, and the
+        guest's stays frozen until it hears that ours was released. Raises HandoffError, OSError."""
+        assert connection.sock is not None and not connection.direct
+        connection.sent += connection.rolled_back
+        connection.move(Host.SERVING)
+        self._backend.thaw(connection.sock)
+        held, connection.held = connection.held, []
+        for segment in held:
+            self._injector.inject(connection.flow, segment)
 
     def _message(self, connection: Connection, snapshot: Header) -> Header:
         return {
@@ -180,6 +196,20 @@ def _after_delayed_ack(snapshot: Snapshot) -> Snapshot:
     now, and the clock that the client sees must not go back (RFC 7323 section 5)."""
     delay = _ACK_DELAY * (1000 if snapshot.timestamp_usec else 1)
     return replace(snapshot, timestamp=(snapshot.timestamp + delay) & 0xFFFFFFFF) if snapshot.timestamps else snapshot
+
+
+def _roll_back(connection: Connection, snapshot: Snapshot) -> None:
+    """Bytes of the file that were queued and not sent are not in the snapshot: the new owner reads them from the file. One that was
+    called home and turns out to have all is as complete as any other."""
+    job = connection.job
+    if isinstance(job, RelayJob):
+        return
+    first = job.snapshot.send_next + len(job.snapshot.unsent)
+    reached = snapshot.send_next + len(snapshot.unsent) - first
+    connection.rolled_back = (connection.sent - reached) & 0xFFFFFFFF
+    connection.sent -= connection.rolled_back
+    if connection.sent == job.count and connection.reason in CALLED_HOME:
+        connection.reason, connection.message = None, ""
 
 
 def _as_expected(connection: Connection, snapshot: Snapshot) -> bool:

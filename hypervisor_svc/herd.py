@@ -136,6 +136,12 @@ class Group:
         while self._run is not None:
             self._quantum()
 
+    def finish(self) -> None:
+        """Everything that is due, at once."""
+        self.settle()
+        while self._begin():
+            self.settle()
+
     def _begin(self) -> bool:
         if not self._herd or self.position >= self.session.due:
             return False

@@ -77,6 +77,7 @@ def _command_lines(root: Any, context: typer.Context) -> Iterator[str]:
     yield from (".SH OPTIONS", *_parameters(root, context), ".SH COMMANDS")
     for command, inside in _commands(root, context):
         yield from _one_command(command, inside)
+    yield from (".SH EXAMPLES", *_examples(root))
     yield from (".SH FILES", *_definitions(FILES), ".SH EXIT STATUS", *_definitions(EXIT))
     yield from (".SH SEE ALSO", ".BR streamlift.toml (5),", ".BR streamlift\\-agent (1),", ".BR virsh (1)")
 
@@ -95,9 +96,12 @@ def _one_command(command: Any, context: typer.Context) -> Iterator[str]:
     usage = " ".join(command.collect_usage_pieces(context))
     yield from (f".SS {_plain(f'{context.command_path} {usage}')}", *_text(command.help or ""))
     yield from _parameters(command, context)
+    yield from (".PP", "Examples:", ".PP", *_examples(command))
+
+
+def _examples(command: Any) -> Iterator[str]:
     lines = [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]
-    if lines:
-        yield from (".PP", "Examples:", ".PP", ".nf", *(f"    {_plain(line)}" for line in lines), ".fi")
+    yield from (".nf", *(f"    {_plain(line)}" for line in lines), ".fi")
 
 
 def _parameters(command: Any, context: typer.Context) -> Iterator[str]:

@@ -40,6 +40,11 @@ class Framer:
                 return
             yield self._take(end)
 
+    @property
+    def rest(self) -> bytes:
+        """What has come of the entry after those."""
+        return bytes(self._rest)
+
     def flush(self) -> bytes:
         """What is left when the source ends."""
         return self._take(len(self._rest))

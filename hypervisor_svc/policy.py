@@ -27,7 +27,9 @@ _SINK_FIELDS = frozenset({"priority", "join", "on_lag", "lag_soft", "lag_hard_ms
 _RELAY_JOIN_FIELDS = frozenset({"type", "token", "relay", "role", "snapshot"}) | _SINK_FIELDS
 _RELAY_UDP_FIELDS = frozenset({"type", "token", "relay", "local", "peer"}) | _SINK_FIELDS
 _RING_FIELDS = ("ring_entries", "entry_bytes", "budget_ms", "max_sinks")
-_RELAY_OPEN_FIELDS = frozenset({"type", "token", "source", "path", "inode", "offset", "port", "framing", *_RING_FIELDS})
+_RELAY_OPEN_FIELDS = frozenset(
+    {"type", "token", "source", "path", "inode", "offset", "port", "framing", "first", "rest", *_RING_FIELDS}
+)
 
 _SYS_OPENAT2 = 437
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x02, 0x04, 0x08
@@ -94,8 +96,9 @@ def read_relay_plan(header: Header) -> RelayPlan:
     if source not in ("connection", "file", "ring", "udp"):
         raise GuestError(Reason.BAD_REQUEST, f"source: {source!r:.40} is none of connection, file, ring, udp")
     sizes = {name: _number(name, header[name], 0) for name in _RING_FIELDS}
+    first = _number("first", header["first"], 0)
     try:
-        options = SessionOptions(framing=Framing(header["framing"]), **sizes)
+        options = SessionOptions(framing=Framing(header["framing"]), first=first, rest=_bytes("rest", header["rest"]), **sizes)
     except ValueError as error:
         raise GuestError(Reason.BAD_REQUEST, str(error)) from None
     return RelayPlan(
@@ -221,6 +224,16 @@ def _number(name: str, value: object, least: int) -> int:
     if type(value) is not int or not least <= value < _LARGEST:
         raise GuestError(Reason.BAD_REQUEST, f"{name}: {value!r} is out of range")
     return value
+
+
+def _bytes(name: str, value: object) -> bytes:
+    """Hexadecimal digits."""
+    if type(value) is not str or len(value) > 4096:
+        raise GuestError(Reason.BAD_REQUEST, f"{name} is not a short string of hexadecimal digits")
+    try:
+        return bytes.fromhex(value)
+    except ValueError:
+        raise GuestError(Reason.BAD_REQUEST, f"{name} is not hexadecimal") from None
 
 
 def _priority(value: object) -> str:

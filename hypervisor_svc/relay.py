@@ -208,6 +208,36 @@ class Relays:
         if source is not None:
             self._on_home(source)
 
+    def leave(self, relay: Relay) -> None:
+        """The same for a VM that leaves this host: the guest is told where everybody stands, to go on from there."""
+        if relay.session is None:
+            self.close(relay)
+            return
+        relay.session.halt()
+        for token, (number, sock) in list(relay.udp.items()):
+            self._leave_udp(relay, token, number, sock)
+        connections = list(relay.sinks.values())
+        for connection in connections:
+            self.release(connection)
+        if not relay.ended:
+            position, rest = relay.session.standing()
+            relay.guest.send({"type": "relay_left", "relay": relay.token, "cursor": position, "rest": rest.hex()})
+        if relay.source is not None:
+            connections.append(relay.source)
+        self._forget(relay)
+        for connection in connections:
+            connection.reason, connection.message = Reason.DRAINING, "the VM leaves its host"
+            self._on_home(connection)
+
+    def _leave_udp(self, relay: Relay, token: str, number: int, sock: socket.socket) -> None:
+        assert relay.session is not None
+        del relay.udp[token]
+        with contextlib.suppress(KeyError):
+            parting = relay.session.remove_sink(number)
+            said = {"type": "relay_udp_left", "relay": relay.token, "token": token, "cursor": parting.cursor}
+            relay.guest.send({**said, "reason": Reason.DRAINING.value, "message": "the VM leaves its host"})
+        sock.close()
+
     def guest_gone(self, guest: Guest) -> None:
         """The VM is gone; its connections are ended by whoever ends all of them."""
         for relay in list(guest.relays.values()):
@@ -330,7 +360,7 @@ class Relays:
         reason = _GONE.get(why, Reason.RELAY_ENDED)
         message = f"{why.value}: {os.strerror(number)}" if number else why.value
         said = {"type": "relay_udp_left", "relay": relay.token, "token": token}
-        relay.guest.send({**said, "reason": reason.value, "message": message})
+        relay.guest.send({**said, "cursor": None, "reason": reason.value, "message": message})
 
     def _source_ended(self, relay: Relay, why: str) -> None:
         if relay.ended:

@@ -53,11 +53,11 @@ Payload = bytes | Slice
 
 class Ring:
     """At most `capacity` entries. Payloads that are replaced live on as long as somebody sends them. `all_sync`: receivers can
-    begin at any entry, else at those that were marked."""
+    begin at any entry, else at those that were marked. `first`: the number of the first entry."""
 
-    def __init__(self, capacity: int, *, all_sync: bool = False) -> None:
+    def __init__(self, capacity: int, *, all_sync: bool = False, first: int = 0) -> None:
         self.capacity, self._all_sync = capacity, all_sync
-        self.head = 0
+        self.head = first
         self.bytes = 0
         self._entries: deque[Payload] = deque()
         self._syncs: deque[int] = deque()

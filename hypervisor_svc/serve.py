@@ -32,6 +32,9 @@ _TX_ACK, _OPT_TSONLY = 1 << 9, 1 << 11
 _EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 _READ_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.EUCLEAN, errno.EBADMSG})
 SWEEP_INTERVAL = 0.05
+UNSENT_BYTES = 1 << 19
+"""What waits unsent in a socket at most (TCP_NOTSENT_LOWAT, tcp(7)): of a slow client it would be megabytes, and all of it is
+looked at when the connection goes home."""
 COLD_CONGESTION = "reno"
 """Of a socket that is to be BBR's: plain slow start (RFC 5681) for the first round trip."""
 
@@ -71,8 +74,13 @@ class Server:
         """Serve from now on; the first bytes leave before this returns."""
         assert connection.sock is not None
         fd = connection.sock.fileno()
+        connection.sock.setsockopt(socket.IPPROTO_TCP, kernel.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._by_fd[fd] = _Sending(connection, self._advance)
-        self._advance(connection)
+        if connection.finished:  # it was on its way home, and ends here
+            self._waiting_for_ack.add(connection)
+            self._check_acknowledged(connection)
+        else:
+            self._advance(connection)
         if fd in self._by_fd:
             self._epoll.register(fd, _EVENTS)
 

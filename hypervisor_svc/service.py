@@ -15,21 +15,23 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from guest_agent.handoff.backend import Backend, choose
 from guest_agent.handoff.errors import HandoffError, Reason
 from guest_agent.handoff.hold import Hold
-from hypervisor_svc import __version__
+from hypervisor_svc import __version__, leave
 from hypervisor_svc.bridge import BridgedRedirect
 from hypervisor_svc.config import Config
 from hypervisor_svc.connection import Connection, Guest
-from hypervisor_svc.control import ControlError, ControlServer
+from hypervisor_svc.control import ControlError, ControlServer, Handler
 from hypervisor_svc.domains import Domains, Machine
 from hypervisor_svc.errors import as_typed
+from hypervisor_svc.foreign_moves import ForeignMoves
 from hypervisor_svc.guests import Guests, Limits
 from hypervisor_svc.inject import Injector
+from hypervisor_svc.monitor import Monitor
 from hypervisor_svc.redirect import NatRedirect, Redirect
 from hypervisor_svc.relay import RelayLimits
 from hypervisor_svc.transparent import TransparentRedirect
@@ -49,6 +51,7 @@ class Service:
         self._started = time.monotonic()
         self._lossless = False
         self._guests: Guests
+        self._moves: ForeignMoves
         self._redirect: BridgedRedirect
         self._backend: Backend
         self._domains: Domains | None = None
@@ -78,6 +81,8 @@ class Service:
             stack.push_async_callback(self._drain)
             control = ControlServer(self._config.control_socket, self._commands())
             await stack.enter_async_context(control)
+            self._moves = ForeignMoves(self._guests)
+            stack.callback(self._moves.close)
             self._find_machines(stack)
             self._stack = stack.pop_all()
         return self
@@ -131,10 +136,36 @@ class Service:
                 bridge=vm.bridge,
             )
             self._machine_up(machine)
+            if vm.qmp is not None:
+                self._watch(machine.uuid, vm.qmp, stack)
         if self._config.libvirt.enabled:
-            self._domains = Domains(self._config.libvirt.uri, on_up=self._machine_up, on_down=self._guests.machine_down)
+            self._domains = Domains(
+                self._config.libvirt.uri,
+                on_up=self._machine_up,
+                on_down=self._machine_down,
+                on_migrating=self._moves.begins,
+                on_stays=self._moves.ends,
+                on_paused=self._paused,
+            )
             self._domains.start()
             stack.callback(self._domains.stop)
+
+    def _watch(self, uuid: str, path: str, stack: contextlib.AsyncExitStack) -> None:
+        monitor = Monitor(
+            path,
+            on_migrating=partial(self._moves.begins, uuid),
+            on_stays=partial(self._moves.ends, uuid),
+            on_paused=partial(self._paused, uuid),
+        )
+        monitor.start()
+        stack.push_async_callback(monitor.stop)
+
+    def _machine_down(self, uuid: str) -> None:
+        self._moves.gone(uuid)
+        self._guests.machine_down(uuid)
+
+    def _paused(self, uuid: str, paused: bool) -> None:
+        self._guests.pause(uuid, paused=paused)
 
     def _machine_up(self, machine: Machine) -> None:
         priority = self._config.policy.vm_priority.get(machine.name, machine.priority)
@@ -152,13 +183,17 @@ class Service:
 
     # The control socket's commands.
 
-    def _commands(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+    def _commands(self) -> dict[str, Handler]:
         return {
             "status": self._status,
             "connections": self._connections,
             "relays": self._relays,
             "hand_back": self._hand_back,
             "pause": self._pause,
+            "leave": self._leave,
+            "return": self._return,
+            "expect": self._expect,
+            "meet": self._meet,
         }
 
     def _status(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -227,6 +262,35 @@ class Service:
             raise ControlError(f"no VM named {name!r} has a channel here (known: {known})", hint)
         return found[0]
 
+    async def _leave(self, request: dict[str, Any]) -> dict[str, Any]:
+        deadline, late = float(request.get("deadline", leave.DEADLINE)), leave.Late(request.get("late", leave.Late.FINISH))
+        if deadline < 0:
+            raise ValueError("deadline must not be negative")
+        guest, process = self._guest(request), request.get("process")
+        left = await leave.leave(self._guests, guest, deadline=deadline, late=late)
+        if process is not None:
+            leave.while_runs(self._guests, guest, int(process))
+        return left
+
+    async def _return(self, request: dict[str, Any]) -> dict[str, Any]:
+        return await leave.come_back(self._guests, self._guest(request))
+
+    def _expect(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A VM is about to come (libvirt's hook says so): look at once."""
+        log.info("%s is expected", request.get("machine"))
+        if self._domains is not None:
+            self._domains.refresh()
+        return {"version": __version__, "machines": [guest.machine.name for guest in self._guests]}
+
+    async def _meet(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Until the VM has come and works with this host."""
+        until = time.monotonic() + float(request.get("seconds", leave.RETURN_LIMIT))
+        while not any(guest.machine.name == request.get("machine") for guest in self._guests):
+            if time.monotonic() >= until:
+                self._guest(request)
+            await asyncio.sleep(0.02)
+        return await leave.meet(self._guest(request), seconds=max(0.0, until - time.monotonic()))
+
 
 def _resident_bytes() -> int:
     """Memory of this process (proc(5), statm)."""
@@ -239,6 +303,7 @@ def _machine_status(guest: Guest) -> dict[str, Any]:
         "name": guest.machine.name,
         "uuid": guest.machine.uuid,
         "channel": guest.channel.state if guest.channel else "down",
+        "presence": guest.presence.value,
         "agent_version": guest.hello.get("agent_version"),
         "kernel": guest.hello.get("kernel"),
         "backend": guest.backend,

@@ -16,6 +16,8 @@ from hypervisor_svc.ring import Join, OnLag
 MAX_BUDGET_MS = 1000
 MAX_RING_ENTRIES = 1 << 16
 MAX_ENTRY_BYTES = 1 << 16
+MAX_REST = 1024
+"""Bytes of an entry that is not complete yet: less than a packet, mostly."""
 
 
 class Framing(str, Enum):
@@ -28,20 +30,26 @@ class Framing(str, Enum):
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
     """`budget_ms`: how long an entry may wait for others, so that a sink gets several in one send. `entry_bytes`: the most that
-    one entry takes of a byte stream. Raises ValueError."""
+    one entry takes of a byte stream. Of a stream that went on at another host before: `first`, the number of the entry that comes
+    next, and `rest`, what had come of it. Raises ValueError."""
 
     framing: Framing = Framing.RAW
     ring_entries: int = 1024
     entry_bytes: int = 16384
     budget_ms: int = 0
     max_sinks: int = 65536
+    first: int = 0
+    rest: bytes = b""
 
     def __post_init__(self) -> None:
+        if len(self.rest) > MAX_REST:
+            raise ValueError(f"rest has {len(self.rest)} bytes, more than {MAX_REST}")
         for name, least, most in (
             ("ring_entries", 2, MAX_RING_ENTRIES),
             ("entry_bytes", 188, MAX_ENTRY_BYTES),
             ("budget_ms", 0, MAX_BUDGET_MS),
             ("max_sinks", 1, 1 << 20),
+            ("first", 0, 1 << 61),
         ):
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}, not from {least} to {most}")
@@ -163,6 +171,13 @@ class Session(Protocol):
 
     def remove_sink(self, sink: int) -> Parting:
         """Leave at an entry's end; the socket is usable again as before. Raises KeyError."""
+
+    def halt(self) -> None:
+        """Take no more from the source, as far as that can be; the sinks get what is here, as far as their sockets take it. They
+        are removed next. Idempotent."""
+
+    def standing(self) -> tuple[int, bytes]:
+        """Where the source stands: the position (`handoff/positions.py`) behind the newest entry, and what has come of the next."""
 
     def end(self, reason: str) -> None:
         """Take no more from the source, which is its owner's again; the sinks get what is left and leave. Idempotent."""

@@ -19,6 +19,7 @@ from hypervisor_svc.ring import OnLag
 from hypervisor_svc.splice import (
     Counts,
     FileSource,
+    Framing,
     Left,
     OnLeft,
     Parting,
@@ -88,11 +89,12 @@ class OmssEngine:
 
 @dataclass(eq=False)
 class _Member:
-    """A sink of ours."""
+    """A sink of ours. `missed`: entries that passed while its VM moved."""
 
     sock: socket.socket
     options: SinkOptions
     on_left: OnLeft
+    missed: int = 0
 
 
 class OmssSession:
@@ -102,6 +104,7 @@ class OmssSession:
         self, engine: OmssEngine, source: socket.socket, options: SessionOptions, *, level: int, on_end: Callable[[str], None]
     ) -> None:
         self._engine, self._source, self._level, self._on_end = engine, source, level, on_end
+        self._first, self._by_packets = options.first, options.framing is Framing.MPEGTS
         self._members: dict[int, _Member] = {}
         self._closed = self._ended = False
         self._last: SessionStatus | None = None
@@ -124,14 +127,15 @@ class OmssSession:
         """See `splice.Session`."""
         if sock.type == socket.SOCK_STREAM:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        missed = max(self._first - options.begin, 0) if options.begin is not None else 0
         try:
             number = omss.add_sink(
                 self._source,
                 sock,
                 session=self._id,
                 service_class=self._class(options.priority),
-                join=omss.Join[options.join.name] if options.begin is None else omss.Join.FROM,
-                begin=options.begin or 0,
+                join=self._join(options, missed),
+                begin=max((options.begin or 0) - self._first, 0),
                 on_lag=omss.OnLag[options.on_lag.name],
                 lag_soft=options.lag_soft,
                 lag_hard=options.lag_hard_ms,
@@ -140,10 +144,16 @@ class OmssSession:
             if error.errno == errno.ENOSPC:
                 raise OverflowError(str(error)) from None
             raise ValueError(str(error)) from None
-        self._members[number] = _Member(sock, options, on_left)
+        self._members[number] = _Member(sock, options, on_left, missed)
         if sock.type == socket.SOCK_STREAM:
             self._engine.watch(self, number, sock)
         return number
+
+    def _join(self, options: SinkOptions, missed: int) -> omss.Join:
+        """Who has missed something goes on where a receiver can."""
+        if options.begin is None:
+            return omss.Join[options.join.name]
+        return omss.Join.NEXT_SYNC if missed and self._by_packets else omss.Join.FROM
 
     def remove_sink(self, sink: int) -> Parting:
         """See `splice.Session`."""
@@ -163,7 +173,8 @@ class OmssSession:
         with contextlib.suppress(OSError):
             found = omss.sink_status(member.sock)
             counts, left = _counts(found.sent), found.left
-            cursor = None if found.state is omss.SinkState.WAITING else found.cursor
+            cursor = None if found.state is omss.SinkState.WAITING else found.cursor + self._first
+        counts.overrun += member.missed
         with contextlib.suppress(OSError):
             omss.remove_sink(self._source, sink, session=self._id)
         return Parting(cursor, left, counts)
@@ -202,6 +213,13 @@ class OmssSession:
             elif draining and not found.left and (not found.lag or found.state is omss.SinkState.WAITING):
                 self._leave(found.id, Left.SOURCE_ENDED)
 
+    def halt(self) -> None:
+        """See `splice.Session`. The module reads on until the end."""
+
+    def standing(self) -> tuple[int, bytes]:
+        """See `splice.Session`. What the module has of the next entry is lost."""
+        return self.status().head, b""
+
     def end(self, reason: str) -> None:
         """See `splice.Session`. The source leaves with the session: what is in the ring is lost to those who are behind."""
         if self._ended:
@@ -225,13 +243,14 @@ class OmssSession:
         dropped = {reason: count for reason, count in lost.items() if count}
         sinks = len(self._members)
         sent = _counts(now.sent)
-        return SessionStatus("omss", self._ended, now.head, now.tail, sinks, now.received, sent, dropped)
+        head, tail = now.head + self._first, now.tail + self._first
+        return SessionStatus("omss", self._ended, head, tail, sinks, now.received, sent, dropped)
 
     def sinks(self) -> list[SinkStatus]:
         """See `splice.Session`."""
         with contextlib.suppress(OSError):
             found = omss.sinks(self._source, self._id)
-            return [_status(one, self._members[one.id].options) for one in found if one.id in self._members]
+            return [_status(one, self._members[one.id], self._first) for one in found if one.id in self._members]
         return []
 
     def close(self) -> None:
@@ -265,9 +284,11 @@ def _counts(sent: omss.Counters) -> Counts:
     )
 
 
-def _status(found: omss.SinkStatus, options: SinkOptions) -> SinkStatus:
+def _status(found: omss.SinkStatus, member: _Member, first: int) -> SinkStatus:
     waiting = found.state is omss.SinkState.WAITING
     behind = found.blocked or found.left
     state = SinkState.WAITING if waiting else SinkState.BEHIND if behind else SinkState.LIVE
-    cursor = None if waiting else found.cursor
-    return SinkStatus(found.id, state, options.priority, cursor, found.lag, _counts(found.sent))
+    cursor = None if waiting else found.cursor + first
+    counts = _counts(found.sent)
+    counts.overrun += member.missed
+    return SinkStatus(found.id, state, member.options.priority, cursor, found.lag, counts)

@@ -46,6 +46,11 @@ class SourceReader:
         """The opposite: the entry that a position is in, and how many of its bytes are before it; None: it has not come yet."""
         return min(position, self._session.ring.head), 0
 
+    @property
+    def begun(self) -> bytes:
+        """What has come of the next entry, if nobody else has it."""
+        return b""
+
     def dropped(self) -> dict[str, int]:
         """See `splice.SessionStatus`."""
         return {}
@@ -120,7 +125,12 @@ class StreamSource(SocketSource):
         self._framer = Framer(options.entry_bytes) if options.framing is Framing.MPEGTS else None
         room = options.entry_bytes * options.ring_entries // 2
         self._size = min(RECEIVE_BYTES, room) if self._framer else options.entry_bytes
+        self._begun = options.rest
         super().__init__(session, sock)
+
+    @property
+    def begun(self) -> bytes:
+        return self._begun or (self._framer.rest if self._framer else b"")
 
     def _exhausted(self) -> bool:
         for _ in range(self._receives):
@@ -132,10 +142,11 @@ class StreamSource(SocketSource):
                 self._session.end(f"the source's connection: {error.strerror}")
                 return True
             if not data:
-                rest = self._framer.flush() if self._framer else b""
+                rest = self._begun + (self._framer.flush() if self._framer else b"")
                 self._session.take([rest] if rest else [])
                 self._session.end("the source closed its connection")
                 return True
+            data, self._begun = self._begun + data, b""
             self._session.take(self._framer.feed(data) if self._framer else [data])
         return False
 

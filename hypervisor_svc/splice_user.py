@@ -107,8 +107,9 @@ class UserSession:
         on_end: Callable[[str], None],
     ) -> None:
         self.engine, self.options, self.owner, self.level = engine, options, owner, level
-        self.ring = Ring(options.ring_entries, all_sync=options.framing is Framing.RAW)
-        self.due = 0
+        first = 0 if isinstance(source, FileSource) else options.first
+        self.ring = Ring(options.ring_entries, all_sync=options.framing is Framing.RAW, first=first)
+        self.due = self._first = first
         self.ended = False
         self.gone = Counts()
         self.stragglers: set[Sink] = set()
@@ -176,6 +177,17 @@ class UserSession:
         for group in self._groups.values():
             group.go_on()
 
+    def halt(self) -> None:
+        """See `splice.Session`."""
+        self._source.close()
+        self.flush()
+        for group in self._groups.values():
+            group.finish()
+
+    def standing(self) -> tuple[int, bytes]:
+        """See `splice.Session`."""
+        return self._source.position(self.ring.head), self._source.begun
+
     def end(self, reason: str) -> None:
         """See `splice.Session`."""
         if self.ended:
@@ -223,7 +235,11 @@ class UserSession:
             self.early[sink] = position
         else:
             self.early.pop(sink, None)
-            sink.go_on_within(*found)
+            if found[0] < self._first and self._syncs is not None:
+                sink.cursor = found[0]
+                sink.wait_for_sync(overrun=True)  # what is missing was at another host
+            else:
+                sink.go_on_within(*found)
 
     def remove_sink(self, sink: int) -> Parting:
         """See `splice.Session`."""

@@ -7,7 +7,8 @@
 
 The control path is here: who may send, what a listener is told. The stream itself never is: encoder and listeners go to the
 host's relay (`offload.publish`). A listener of a transport stream begins at a sync point. Metadata intervals are not asked for:
-a stream arrives as it was sent. `GET /` tells what there is, as JSON."""
+a stream arrives as it was sent. `GET /` tells what there is, as JSON. With `--folder` a file there that grows, NAME.ts, is the
+stream /NAME.ts while somebody listens."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ import base64
 import contextlib
 import hmac
 import json
+import os
 import signal
 import socket
 import sys
@@ -37,13 +39,19 @@ _WORDS = {401: "Unauthorized", 404: "Not Found", 405: "Method Not Allowed", 409:
 
 @dataclass
 class Mount:
-    """One stream. `listeners` counts those that are here now."""
+    """One stream. `listeners` counts those that are here now; without any, a file is not looked at (`idle`)."""
 
     path: str
     content_type: str
     name: str
     relay: Relay
     listeners: int = 0
+    from_file: bool = False
+
+    @property
+    def idle(self) -> bool:
+        """Nobody needs it."""
+        return self.from_file and not self.listeners
 
     @property
     def join(self) -> str:
@@ -59,6 +67,7 @@ class Settings:
     budget_ms: int
     ring_entries: int
     on_lag: str
+    folder: str | None
 
 
 @dataclass
@@ -68,6 +77,7 @@ class Server:
     settings: Settings
     mounts: dict[str, Mount] = field(default_factory=dict)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    opening: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def serve(self, sock: socket.socket) -> None:
         """One connection, to its end."""
@@ -102,36 +112,68 @@ class Server:
         else:
             await _say(sock, b"HTTP/1.0 200 OK\r\n\r\n")
         content_type = request.headers.get("content-type", "audio/mpeg")
-        settings = self.settings
-        relay = await offload.publish(
-            sock,
-            framing="mpegts" if content_type == TRANSPORT_STREAM else "raw",
-            budget_ms=settings.budget_ms,
-            ring_entries=settings.ring_entries,
-        )
+        relay = await self._publish(sock, content_type)
         self.mounts[path] = Mount(path, content_type, request.headers.get("ice-name", ""), relay)
         try:
             await relay.over
         finally:
             del self.mounts[path]  # its listeners get what is left, and then their streams end
 
+    async def _publish(self, source: Any, content_type: str) -> Relay:
+        return await offload.publish(
+            source,
+            framing="mpegts" if content_type == TRANSPORT_STREAM else "raw",
+            budget_ms=self.settings.budget_ms,
+            ring_entries=self.settings.ring_entries,
+        )
+
+    async def _mount(self, path: str) -> Mount | None:
+        """What there is at `path`; a file becomes a stream by being asked for."""
+        async with self.opening:
+            if path in self.mounts:
+                return self.mounts[path]  # somebody else asked at the same time
+            await offload.present()  # and nothing is waited for until the file is open, and held
+            file = self._growing(path)
+            if file is None:
+                return None
+            with contextlib.closing(file), offload.hold(file.fileno()):
+                relay = await self._publish(file, TRANSPORT_STREAM)
+            mount = self.mounts[path] = Mount(path, TRANSPORT_STREAM, "", relay, from_file=True)
+            return mount
+
+    def _growing(self, path: str) -> Any:
+        """The file that grows, open."""
+        name = path.removeprefix("/")
+        if self.settings.folder is None or "/" in name or name.startswith(".") or not name.endswith(".ts"):
+            return None
+        try:
+            return open(os.path.join(self.settings.folder, name), "rb")
+        except OSError:
+            return None
+
+    async def _close_if_idle(self, mount: Mount) -> None:
+        if mount.idle and self.mounts.get(mount.path) is mount:
+            del self.mounts[mount.path]
+            await mount.relay.close()
+
     async def _listener(self, sock: socket.socket, request: Request) -> None:
         path = _path(request)
         if path == "/":
             await _say(sock, await self._report())
             return
-        mount = self.mounts.get(path)
+        mount = self.mounts.get(path) or await self._mount(path)
         if mount is None:
             raise HttpError(404, f"there is no {path}; there are: {', '.join(sorted(self.mounts)) or 'none'}")
-        await _say(sock, _stream_head(mount))
-        if request.method == "HEAD":
-            return
-        sink = await mount.relay.add_sink(sock, join=mount.join, on_lag=self.settings.on_lag)
         mount.listeners += 1
         try:
+            await _say(sock, _stream_head(mount))
+            if request.method == "HEAD":
+                return
+            sink = await mount.relay.add_sink(sock, join=mount.join, on_lag=self.settings.on_lag)
             await sink.wait()
         finally:
             mount.listeners -= 1
+            await self._close_if_idle(mount)
 
     async def _report(self) -> bytes:
         rows = []
@@ -247,6 +289,7 @@ def _arguments(argv: list[str] | None) -> Any:
     parser.add_argument("--password", required=True, help="of the user 'source'")
     parser.add_argument("--budget-ms", type=int, default=50, help="how long a piece may wait for others, 0 to 1000")
     parser.add_argument("--ring-entries", type=int, default=1024, help="pieces that a listener may fall behind")
+    parser.add_argument("--folder", help="files NAME.ts that grow here are streams too; best on a share of the host")
     parser.add_argument("--on-lag", choices=("head_drop", "drop_to_sync", "disconnect"), default="drop_to_sync")
     return parser.parse_args(argv)
 
@@ -255,10 +298,11 @@ async def _main(arguments: Any) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    offload.attend()
     listener = listen(arguments.host, arguments.port)
     host, port = listener.getsockname()[:2]
     print(f"live at {f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    settings = Settings(arguments.password, arguments.budget_ms, arguments.ring_entries, arguments.on_lag)
+    settings = Settings(arguments.password, arguments.budget_ms, arguments.ring_entries, arguments.on_lag, arguments.folder)
     await run(listener, Server(settings), stop)
     offload.close()
 

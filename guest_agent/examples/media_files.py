@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import IO
+
+from guest_agent import offload
 
 CONTENT_TYPES = {
     ".mpd": "application/dash+xml",
@@ -40,6 +43,12 @@ class MediaFile:
     modified: int
     etag: str
     content_type: str
+    held: contextlib.ExitStack
+
+    def close(self) -> None:
+        """Until then the share may leave and come back: the file is the same afterwards."""
+        self.held.close()
+        self.file.close()
 
     @property
     def last_modified(self) -> str:
@@ -52,10 +61,13 @@ class Root:
 
     def __init__(self, path: str) -> None:
         self._directory = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(offload.hold(self._directory))
         self._prefix = os.fsencode(os.readlink(f"/proc/self/fd/{self._directory}")).rstrip(b"/") + b"/"
 
     def close(self) -> None:
         """Opened files stay open."""
+        self._held.close()
         os.close(self._directory)
 
     def open(self, path: bytes) -> MediaFile:
@@ -71,6 +83,8 @@ class Root:
             if not stat.S_ISREG(facts.st_mode) or not inside:
                 raise FileNotFoundError(path)
             file = os.fdopen(fd, "rb", buffering=0)
+            held = contextlib.ExitStack()
+            held.enter_context(offload.hold(fd))
         except BaseException:
             os.close(fd)
             raise
@@ -81,4 +95,5 @@ class Root:
             modified=int(facts.st_mtime),
             etag=f'"{facts.st_mtime_ns:x}-{facts.st_size:x}"',
             content_type=CONTENT_TYPES.get(extension, "application/octet-stream"),
+            held=held,
         )

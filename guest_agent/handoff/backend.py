@@ -16,7 +16,7 @@ from typing import Protocol
 from guest_agent.handoff import extract, freeze, hold, restore
 from guest_agent.handoff.errors import HostError, Reason
 from guest_agent.handoff.hold import Hold
-from guest_agent.handoff.snapshot import ESTABLISHED, Endpoint, Snapshot
+from guest_agent.handoff.snapshot import ESTABLISHED, Endpoint, Snapshot, without_unsent
 from guest_agent.handoff.socket_offload import DEVICE, Device
 
 NAMES = ("tcp_repair", "socket_offload")
@@ -28,9 +28,12 @@ class Backend(Protocol):
     name: str
     why: str
 
-    def take(self, sock: socket.socket, keep: Hold | None, *, own: bool = False, known: Snapshot | None = None) -> Snapshot:
+    def take(
+        self, sock: socket.socket, keep: Hold | None, *, own: bool = False, known: Snapshot | None = None, spare: int = 0
+    ) -> Snapshot:
         """Freeze and extract. On an error the socket is as it was. `own`: no application has it; `known`: an earlier snapshot
-        of the same connection, whose ends and options still hold. Raises NotMovable, OSError."""
+        of the same connection, whose ends and options still hold; `spare`: so many bytes at the end of the send queue need not be
+        in the snapshot, if they were never sent. Raises NotMovable, OSError."""
 
     def restore_fresh(
         self, snapshot: Snapshot, keep: Hold | None, *, bind: Endpoint | None = None, transparent: bool = False, mark: int = 0
@@ -58,13 +61,15 @@ class TcpRepair:
     def __init__(self, why: str = "") -> None:
         self.why = why or "works on every kernel since 4.10"
 
-    def take(self, sock: socket.socket, keep: Hold | None, *, own: bool = False, known: Snapshot | None = None) -> Snapshot:
+    def take(
+        self, sock: socket.socket, keep: Hold | None, *, own: bool = False, known: Snapshot | None = None, spare: int = 0
+    ) -> Snapshot:
         """`freeze.py`, then `extract.py`."""
         if not own:
             extract.check_movable(sock)
         freeze.freeze(sock, keep, own=own)
         try:
-            return extract.extract(sock, known=known)
+            return extract.extract(sock, known=known, spare=spare)
         except BaseException:
             freeze.thaw(sock)
             raise
@@ -104,9 +109,11 @@ class SocketOffload:
         self._device = Device()
         self.why = "the module is loaded"
 
-    def take(self, sock: socket.socket, keep: Hold | None, *, own: bool = False, known: Snapshot | None = None) -> Snapshot:
+    def take(
+        self, sock: socket.socket, keep: Hold | None, *, own: bool = False, known: Snapshot | None = None, spare: int = 0
+    ) -> Snapshot:
         """SKOFF_FREEZE_EXPORT."""
-        snapshot = self._export(sock, keep, own=own)
+        snapshot = without_unsent(self._export(sock, keep, own=own), spare)
         if known is None:
             return snapshot
         return replace(snapshot, local=known.local, peer=known.peer, v4_mapped=known.v4_mapped, options=known.options)

@@ -47,6 +47,7 @@ class Reason(str, Enum):
     PEER_GONE = "peer_gone"
     FILE_SHORT = "file_short"
     READ_ERROR = "read_error"
+    KEPT = "kept_by_host"  # the VM moved, and its host sends the rest
     APPLICATION_GONE = "application_gone"
     # A relay.
     UNKNOWN_RELAY = "unknown_relay"

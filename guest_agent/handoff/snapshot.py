@@ -162,6 +162,14 @@ def after(snapshot: Snapshot, count: int) -> Snapshot:
     )
 
 
+def without_unsent(snapshot: Snapshot, spare: int) -> Snapshot:
+    """The connection as it was before the last `spare` bytes were queued, as far as they were not sent. One whose FIN waits behind
+    them is left alone."""
+    if not spare or not snapshot.unsent or snapshot.fin_unsent:
+        return snapshot
+    return replace(snapshot, unsent=snapshot.unsent[: max(0, len(snapshot.unsent) - spare)])
+
+
 def before_fin(snapshot: Snapshot) -> Snapshot:
     """The connection as it was before the peer's FIN came, for a backend that cannot restore one that has received it; whoever
     restores it must see to it that the FIN comes again."""

@@ -37,6 +37,7 @@ _THAW = struct.Struct("=IiII")
 _SNAPSHOT = struct.Struct("=IIBBBBHH16s16s26I16sII")
 _WARM = struct.Struct("=22IQQQ104s")
 _SEGMENT = struct.Struct("=II")
+_AF_INET, _AF_INET6 = int(socket.AF_INET), int(socket.AF_INET6)
 NO_UPPER_LAYER = (0, 0)
 """Kind and bytes: the place of kTLS, which nobody can move yet."""
 
@@ -69,7 +70,7 @@ class Device:
 
     def __init__(self, path: str = DEVICE) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self._room = bytearray(256 << 10)
+        self._make_room(128 << 10)
         try:
             self.handshake = self._greet()
         except OSError:
@@ -96,22 +97,20 @@ class Device:
         """Freeze the socket and describe it. On any error it is as it was. Raises NotMovable, OSError."""
         while True:
             room = self._room
-            call = bytearray(
-                _EXPORT.pack(_EXPORT.size, sock.fileno(), filter_fd, OWN * own, _address_of(room), len(room), 0)
-            )
+            call = bytearray(_EXPORT.pack(_EXPORT.size, sock.fileno(), filter_fd, OWN * own, self._address, len(room), 0))
             try:
                 self._call(FREEZE_EXPORT, call, reason_at=28)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
-                self._make_room(_length(call))
+                self._make_room(_movable(_length(call)))
                 continue
             return unpack(memoryview(room)[: _length(call)])
 
     def _make_room(self, needed: int) -> None:
-        if needed > MAX_QUEUE:
-            raise NotMovable(Reason.QUEUE_TOO_LARGE, f"{needed} bytes are queued, at most {MAX_QUEUE} can be moved")
+        """Memory for a blob, that the kernel writes to or reads from; it stays for the next call."""
         self._room = bytearray(2 * needed)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._room))
 
     def import_into(
         self,
@@ -130,10 +129,13 @@ class Device:
         self, sock: socket.socket, made: bytes, filter_fd: int = -1, *, bind: Endpoint | None = None, options: bool = False
     ) -> None:
         """The same with a blob as `pack` makes it."""
-        blob = bytearray(made)
+        length = len(made)
+        if length > len(self._room):
+            self._make_room(length)
+        self._room[:length] = made
         flags = (BIND if bind else 0) | (OPTIONS if options else 0)
         local, port = (packed(bind.address), bind.port) if bind else (b"", 0)
-        values = (_IMPORT.size, sock.fileno(), filter_fd, flags, _address_of(blob), len(blob), 0, local, port)
+        values = (_IMPORT.size, sock.fileno(), filter_fd, flags, self._address, length, 0, local, port)
         self._call(IMPORT, bytearray(_IMPORT.pack(*values)), reason_at=28)
 
     def thaw(self, sock: socket.socket) -> None:
@@ -154,21 +156,24 @@ class Device:
             raise
 
 
+def _movable(needed: int) -> int:
+    """The bytes that a blob takes up, if they are not too many."""
+    if needed > MAX_QUEUE:
+        raise NotMovable(Reason.QUEUE_TOO_LARGE, f"{needed} bytes are queued, at most {MAX_QUEUE} can be moved")
+    return needed
+
+
 def _length(call: bytearray) -> int:
     return int.from_bytes(call[24:28], "little")
 
 
-def _address_of(room: bytearray) -> int:
-    """Where the bytes are in memory, for the kernel to write to or to read from."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(room))
-
-
 def pack(snapshot: Snapshot, *, mark: int | None = None) -> bytes:
     """A blob as `SKOFF_IMPORT` takes it; `mark` instead of the snapshot's."""
-    early = b"".join(segment.data for segment in snapshot.segments)
-    headers = b"".join(_SEGMENT.pack(segment.sequence, len(segment.data)) for segment in snapshot.segments)
+    segments = snapshot.segments
+    headers = [_SEGMENT.pack(segment.sequence, len(segment.data)) for segment in segments]
+    early = [segment.data for segment in segments]
     queues = (snapshot.receive_queue, snapshot.unacked, snapshot.unsent)
-    return b"".join((_pack_fixed(snapshot, mark), _pack_warm(snapshot.warm), headers, *queues, early))
+    return b"".join((_pack_fixed(snapshot, mark), _pack_warm(snapshot.warm), *headers, *queues, *early))
 
 
 def _pack_flags(snapshot: Snapshot) -> int:
@@ -186,7 +191,7 @@ def _pack_fixed(snapshot: Snapshot, mark: int | None) -> bytes:
         _SNAPSHOT.size + _WARM.size,
         _pack_flags(snapshot),
         snapshot.state,
-        socket.AF_INET6 if snapshot.is_ipv6 else socket.AF_INET,
+        _AF_INET6 if snapshot.is_ipv6 else _AF_INET,
         snapshot.send_scale or 0,
         snapshot.receive_scale or 0,
         snapshot.local.port,

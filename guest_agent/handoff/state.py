@@ -53,7 +53,7 @@ HOST_MOVES: dict[Host, frozenset[Host]] = {
     Host.REDIRECTED: frozenset({Host.SERVING, Host.GONE}),
     Host.SERVING: frozenset({Host.FROZEN, Host.GONE}),
     Host.FROZEN: frozenset({Host.RETURNING, Host.SERVING, Host.GONE}),
-    Host.RETURNING: frozenset({Host.GONE}),
+    Host.RETURNING: frozenset({Host.SERVING, Host.GONE}),
     Host.GONE: frozenset(),
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* SKOFF_IMPORT: a blob -> a frozen connection, in a new socket or in one that is held already. */
+#include <linux/fcntl.h>
 #include <linux/in.h>
 #include <linux/in6.h>
 #include <linux/tcp.h>
@@ -214,7 +215,8 @@ static int bind_and_connect(struct socket *sock, const struct skoff_snapshot *s,
 	if (err && !(err == -EINVAL && inet_sk(sock->sk)->inet_num == port))
 		return err; /* one that was restored before is bound still */
 	length = make_address(&address, family, s, s->peer, s->peer_port);
-	return kernel_connect(sock, &address.any, length, 0);
+	err = kernel_connect(sock, &address.any, length, O_NONBLOCK);
+	return err == -EINPROGRESS ? -EBUSY : err; /* somebody has thawed it meanwhile */
 }
 
 static int set_negotiated(struct sock *sk, const struct skoff_snapshot *s)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`./run demo [--keep] [--json FILE]`, `./run demo live`: everything from nothing to a played stream, and nothing left behind.
+"""`./run demo [--keep] [--json FILE]`, `./run demo live`, `./run demo migrate`: everything from nothing to a played stream, and
+nothing left behind.
 
 A hypervisor in namespaces of its own (`tests/vm/libvirt_host.py`), the service, a VM that `streamlift deploy` makes, and curl
 and ffmpeg as its clients. Exit status 0 only if every byte matched and every large segment was offloaded. `live` is in
-`live.py`."""
+`live.py`, `migrate` in `migrate.py`."""
 
 from __future__ import annotations
 
@@ -21,12 +22,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.demo import clients, content, live
+from tests.demo import clients, content, live, migrate
 from tests.demo.report import Report, Row
 from tests.performance import fetch
 from tests.vm.libvirt_host import LibvirtHost
+from tests.vm.moving import moving
 from tests.vm.product import Product
-from tests.vm.setups import ADDRESS, NAMES, bare_metal, product_on_host, virtual_machine
+from tests.vm.setups import ADDRESS, NAMES, bare_metal, caveat, product_on_host, virtual_machine
+from tests.vm.two_hosts import TwoHosts
 from vm_images.build import build, cache_directory
 
 BLOCK_BYTES = 30_000_000
@@ -116,7 +119,8 @@ def keep(product: Product) -> None:
 def arguments() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(prog="./run demo", description="a streaming VM, served by the hypervisor")
-    parser.add_argument("what", nargs="?", choices=("files", "live"), default="files", help="a DASH stream, or a live one")
+    shows = ("files", "live", "migrate")
+    parser.add_argument("what", nargs="?", choices=shows, default="files", help="a DASH stream, a live one, or a VM that moves")
     parser.add_argument("--keep", action="store_true", help="leave it running until Ctrl-C")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what the table shows")
     return parser.parse_args()
@@ -140,6 +144,22 @@ def show_live(options: argparse.Namespace) -> int:
     return 0 if found.holds else 1
 
 
+def show_migrate(options: argparse.Namespace) -> int:
+    """A VM that moves to another hypervisor and back; the exit status."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="streamlift-demo-")))
+        with stage("starting two hypervisors, with the service and the network between them, and a VM with `streamlift deploy`"):
+            scene = stack.enter_context(moving(stack.enter_context(TwoHosts()), folder, "routed"))
+            migrate.add_download(scene.share)
+        with stage("ffmpeg plays, curl downloads, others watch, and the VM moves with `streamlift migrate`") as progress:
+            found = migrate.watch(scene, folder, say=progress)
+        found.show(Console())
+        console.print(caveat(scene.accelerator))
+        if options.json:
+            options.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+    return 0 if found.holds else 1
+
+
 def main() -> int:
     """Entry point; the exit status."""
     options = arguments()
@@ -149,6 +169,8 @@ def main() -> int:
         build(progress=progress)
     if options.what == "live":
         return show_live(options)
+    if options.what == "migrate":
+        return show_migrate(options)
     with stage("making DASH content") as progress:
         root = content.make(cache_directory().parent / "content", progress=progress)
     with contextlib.ExitStack() as stack:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.demo.content import MANIFEST
-from tests.vm.libvirt_host import Namespaces
+from tests.vm.namespaces import Namespaces
 
 TIMEOUT = "120"
 
@@ -49,13 +49,15 @@ def curl(client: Namespaces, address: str, root: Path, files: Sequence[Path]) ->
 def ffmpeg(client: Namespaces, address: str, root: Path, ladder: str, files: Sequence[Path]) -> Fetched:
     """Play a ladder without decoding, which fetches each of its files. The packets' hash must be that of the same played
     locally."""
-    remote = client.command(*_play(f"http://{address}/{ladder}/{MANIFEST}"))
+    remote = client.command(*play(f"http://{address}/{ladder}/{MANIFEST}"))
     played = subprocess.run(remote, capture_output=True, text=True, check=False)
-    local = subprocess.run(_play(str(root / ladder / MANIFEST)), capture_output=True, text=True, check=True)
+    local = subprocess.run(play(str(root / ladder / MANIFEST)), capture_output=True, text=True, check=True)
     wrong = played.returncode or played.stdout != local.stdout
     faults = [f"ffmpeg, {ladder}: {played.stderr[-300:].strip() or 'wrong bytes'}"] if wrong else []
     return Fetched([path.stat().st_size for path in files], faults)
 
 
-def _play(source: str) -> list[str]:
-    return ["ffmpeg", "-v", "error", "-i", source, "-map", "0", "-c", "copy", "-f", "hash", "-hash", "sha256", "-"]
+def play(source: str, *, real_time: bool = False) -> list[str]:
+    """ffmpeg's arguments: it prints the hash of all packets."""
+    pace = ("-re",) if real_time else ()
+    return ["ffmpeg", "-v", "error", *pace, "-i", source, "-map", "0", "-c", "copy", "-f", "hash", "-hash", "sha256", "-"]

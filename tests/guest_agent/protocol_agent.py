@@ -46,6 +46,10 @@ class ProtocolAgent:
         self.greeting: Message | None = None
         self.requests: list[Message] = []
         self.connections = 0
+        self.presence = "here"
+        self.let_go = threading.Event()
+        self.answered = threading.Event()
+        self._attending: set[socket.socket] = set()
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._listener: socket.socket | None = None
@@ -115,6 +119,9 @@ class ProtocolAgent:
             if not data:
                 return False
             request = json.loads(data)
+            if request["op"] in ("attend", "let_go_of"):
+                self._attend(connection, request["op"])
+                return True
             self.requests.append(request)
             if request["op"] == "status":
                 answer: Message | None = {"v": 1, "status": self.hello()}
@@ -126,7 +133,27 @@ class ProtocolAgent:
         if answer is None:
             return False
         connection.send(json.dumps({**answer, "id": request["id"]}).encode())
+        if request["op"] != "status":
+            self.answered.set()
         return True
+
+    def _attend(self, connection: socket.socket, operation: str) -> None:
+        if operation == "let_go_of":
+            self.let_go.set()
+            return
+        self._attending.add(connection)
+        connection.send(self._note())
+
+    def _note(self) -> bytes:
+        leaving = self.presence == "leaving"
+        return json.dumps({"v": 1, "presence": self.presence, "let_go": leaving, "hello": self.hello()}).encode()
+
+    def tell(self, presence: str) -> None:
+        """The VM is "leaving", or "here" again: everybody who attends hears of it."""
+        self.presence = presence
+        self.let_go.clear()
+        for connection in self._attending & self._open:
+            connection.send(self._note())
 
     def _end(self, connection: socket.socket) -> None:
         if connection in self._open:

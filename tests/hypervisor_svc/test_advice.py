@@ -13,7 +13,8 @@ from hypervisor_svc.advice import of_status
 from hypervisor_svc.tables import show_status
 
 MACHINE: dict[str, Any] = {
-    "name": "tv1", "channel": "hello", "agent_version": "0.1.0", "backend": "tcp_repair", "addresses": ["10.78.0.2"],
+    "name": "tv1", "channel": "hello", "presence": "here", "agent_version": "0.1.0", "backend": "tcp_repair",
+    "addresses": ["10.78.0.2"],
     "share": "/srv/media", "priority": "normal", "relays": 1, "ring_bytes": 4096, "frames_per_second": 3, "connections_out": 2,
     "handed_out": 9, "handed_back": 6, "failed": 1, "ended": 0, "lost": {"peer_gone": 1}, "refused": {"foreign_address": 2},
     "bytes_sent": 1 << 20, "bytes_per_second": 2048,
@@ -51,6 +52,7 @@ def test_nothing_is_said_of_what_is_well() -> None:
         ({"channel": "up", "refused": {"bad_version": 4}}, "too old", "streamlift-agent.pyz install"),
         ({"channel": "up", "agent_version": None}, "no agent answers", "streamlift-agent.pyz install"),
         ({"channel": "down", "agent_version": None}, "cannot be opened", "virsh domstate tv1"),
+        ({"presence": "away"}, "has left this host", "sudo streamlift return tv1"),
         ({"share": None}, "no share", "sudo streamlift attach tv1 --share FOLDER --restart"),
         ({"addresses": []}, "addresses are not known", "sudo streamlift attach tv1 --address ADDRESS"),
     ],

@@ -87,7 +87,7 @@ def test_no_request_crashes(name: str, value: Any) -> None:
         return
 
 
-RING = {"framing": "raw", "ring_entries": 64, "entry_bytes": 4096, "budget_ms": 0, "max_sinks": 10}
+RING = {"framing": "raw", "ring_entries": 64, "entry_bytes": 4096, "budget_ms": 0, "max_sinks": 10, "first": 0, "rest": ""}
 SINK = {"priority": "normal", "join": "latest", "on_lag": "head_drop", "lag_soft": 0, "lag_hard_ms": 0, "begin": None}
 OPEN: dict[str, Any] = {"type": "relay_open", "token": TOKEN, "path": "live", "inode": 7, "offset": 10, "port": 0, **RING}
 ENDS = {"local": ["10.0.0.2", 9], "peer": ["10.0.0.3", 9]}

@@ -171,6 +171,23 @@ addresses = {addresses}
 
 
 @contextlib.contextmanager
+def mounted(share: Path, at: Path) -> Iterator[list[str]]:
+    """The share as a mount of its own, read-only, where a guest would have it; in a mount namespace that only those see who are
+    started with the words that are yielded."""
+    at.mkdir()
+    empty = at.parent / "empty"
+    empty.mkdir()
+    script = f"mount -t overlay share -o lowerdir={share}:{empty} {at} && echo mounted && exec sleep infinity"
+    argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as keeper:
+        try:
+            assert keeper.stdout is not None and keeper.stdout.readline() == "mounted\n"
+            yield ["nsenter", f"--mount=/proc/{keeper.pid}/ns/mnt", "--"]
+        finally:
+            keeper.kill()
+
+
+@contextlib.contextmanager
 def deployed(
     network: Network,
     folder: Path,
@@ -181,22 +198,45 @@ def deployed(
     offload: bool = True,
     channel: str = "port.sock",
     live: bool = False,
+    mount: bool = False,
 ) -> Iterator[Deployment]:
     """Everything up and ready; torn down in the end. With another `channel` the service looks for it there in the folder; with
-    `live` a live server listens at LIVE_PORT beside the media server."""
+    `live` a live server listens at LIVE_PORT beside the media server; with `mount` the share is a mount of its own in the guest."""
+    with contextlib.ExitStack() as stack:
+        seen, inside = share, []
+        if mount:
+            seen = folder / "mnt"
+            inside = stack.enter_context(mounted(share, seen))
+        yield stack.enter_context(_deployed(network, folder, share, seen, inside, mode, extra, offload, channel, live))
+
+
+@contextlib.contextmanager
+def _deployed(
+    network: Network,
+    folder: Path,
+    share: Path,
+    seen: Path,
+    inside: list[str],
+    mode: str,
+    extra: str,
+    offload: bool,
+    channel: str,
+    live: bool,
+) -> Iterator[Deployment]:
     config = folder / "streamlift.toml"
     config.write_text(_config(network, folder, share, extra, mode, channel))
     python, socket_path = sys.executable, str(folder / "agent.sock")
     service = Process(network.host, [python, "-m", "hypervisor_svc", "--config", str(config), "serve"], folder / "service.log")
-    agent_argv = [python, "-m", "guest_agent", "--port", f"unix:{folder}/port.sock", "--socket", socket_path]
-    agent_argv += ["--share", str(share), "--allow", "*", "--backend", backends()[0]]
+    agent_argv = [*inside, python, "-m", "guest_agent", "--port", f"unix:{folder}/port.sock", "--socket", socket_path]
+    agent_argv += ["--share", str(seen), "--allow", "*", "--backend", backends()[0]]
     agent = Process(network.guest, agent_argv, folder / "agent.log")
-    server_argv = [python, "-m", "guest_agent.examples.media_server", "--root", str(share), "--port", "80"]
+    server_argv = [*inside, python, "-m", "guest_agent.examples.media_server", "--root", str(seen), "--port", "80"]
     server_argv += [] if offload else ["--no-offload"]
     server = Process(network.guest, server_argv, folder / "server.log", {"STREAMLIFT_AGENT": socket_path})
     deployment = Deployment(network, folder, share, service, agent, server)
     if live:
         live_argv = [python, "-m", "guest_agent.examples.live_server", "--port", str(LIVE_PORT), "--password", LIVE_PASSWORD]
+        live_argv += ["--folder", str(share / "live")]
         environment = {"STREAMLIFT_AGENT": socket_path}
         deployment.live = Process(network.guest, live_argv, folder / "live.log", environment)
     processes = [agent, service, server, *([deployment.live] if deployment.live else [])]

@@ -303,7 +303,7 @@ def test_bad_offers(scene: Scene) -> None:
 
 
 RELAY = {"source": "file", "path": "file", "inode": 0, "offset": 0, "port": 0}
-RING = {"framing": "raw", "ring_entries": 64, "entry_bytes": 4096, "budget_ms": 0, "max_sinks": 10}
+RING = {"framing": "raw", "ring_entries": 64, "entry_bytes": 4096, "budget_ms": 0, "max_sinks": 10, "first": 0, "rest": ""}
 SINK = {"priority": "normal", "join": "latest", "on_lag": "head_drop", "lag_soft": 0, "lag_hard_ms": 0, "begin": None}
 BAD_RELAYS: list[tuple[dict[str, Any], str]] = [
     ({"source": "device"}, "bad_request"),

@@ -506,7 +506,7 @@ def test_clients_that_cannot_move(live: Deployment, share: Path, certificate: Pa
     assert got == [data] * 3
 
 
-RING = {"framing": "raw", "ring_entries": 64, "entry_bytes": 4096, "budget_ms": 0, "max_sinks": 10}
+RING = {"framing": "raw", "ring_entries": 64, "entry_bytes": 4096, "budget_ms": 0, "max_sinks": 10, "first": 0, "rest": ""}
 SINK = {"priority": "normal", "join": "latest", "on_lag": "head_drop", "lag_soft": 0, "lag_hard_ms": 0, "begin": None}
 TOKEN = "0123456789abcdef" * 2
 NONSENSE: list[tuple[dict[str, Any], str]] = [

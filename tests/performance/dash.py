@@ -4,11 +4,13 @@
     ./run bench dash [--json FILE] [--plot FILE] [--quick]
 
 Segments of the sizes of the paper's Table I, fetched by one client and by fifty at once, over a link of 1 Gbit/s: from the VM
-alone, from the VM whose transfers the host serves, and from bare metal; without the product, nginx serves too. All in turn."""
+alone, from the VM whose transfers the host serves, and from bare metal; without the product, nginx serves too. All in turn. Where
+the VM is emulated, its part of each handoff is too: so the same again with a network namespace in the VM's place."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -16,19 +18,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from tests.namespaces.deployment import Process, deployed
+from tests.namespaces.topology import routed
 from tests.performance import bench
 from tests.performance.bench import Bar, Report
 from tests.vm import setups
 from tests.vm.libvirt_host import HOST_ADDRESSES, LibvirtHost, wait_for
 from tests.vm.product import ROOT, Product
-from tests.vm.setups import ADDRESS, bare_metal, product_on_host, virtual_machine
+from tests.vm.setups import ADDRESS, PLAIN_PORT, bare_metal, product_on_host, virtual_machine
 from vm_images.build import build, cache_directory
 from vm_images.packages import fetch as fetch_package
 
@@ -38,7 +42,10 @@ SIDES = {
     "offload": "offloaded",
     "metal": "bare metal",
     "metal nginx": "bare metal, nginx",
+    "namespace": "offloaded, no VM",
+    "namespace metal": "bare metal beside it",
 }
+COMPARED = (("offload", "metal"), ("offload", "metal nginx"), ("namespace", "namespace metal"))
 NGINX_PORT = 8081
 LINK = "1gbit"
 LIMITS = {"tv": 1.03, "tablet": 1.10}
@@ -79,7 +86,11 @@ class Load:
 
 
 FULL = (Load(1, 1.0, repeats=5), Load(50, 0.1, repeats=2))
-QUICK = (Load(1, 0.2, repeats=2), Load(8, 0.05, repeats=1))
+QUICK = (Load(1, 0.1, repeats=1), Load(4, 0.05, repeats=1))
+
+
+Inside = Callable[..., list[str]]
+"""`inside(*argv)`: how a command is run where the client is."""
 
 
 # Making the film.
@@ -136,23 +147,12 @@ def _nginx() -> Path:
     return binary if binary.exists() else fetch_package("nginx", directory=folder) / "usr" / "sbin" / "nginx"
 
 
-@contextlib.contextmanager
-def shaped(host: LibvirtHost) -> Iterator[None]:
-    """The client's link is one of 1 Gbit/s meanwhile (tc-tbf)."""
-    shape = ("root", "tbf", "rate", LINK, "burst", "256kb", "latency", "50ms")
-    host.run("tc", "qdisc", "replace", "dev", "client0", *shape)
-    try:
-        yield
-    finally:
-        host.run("tc", "qdisc", "del", "dev", "client0", "root")
-
-
-def fetch(host: LibvirtHost, server: str, ladder: Ladder, load: Load) -> dict[str, Any]:
+def fetch(inside: Inside, server: str, ladder: Ladder, load: Load) -> dict[str, Any]:
     """One film by all clients of a load; raises RuntimeError if one byte is missing."""
     argv = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "tests.performance.dash_client", "--server", server]
     argv += ["--manifest", f"{ladder.name}/manifest.mpd", "--clients", str(load.clients)]
     argv += ["--segments", str(load.segments(ladder))]
-    done = subprocess.run(host.client.command(*argv), capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
+    done = subprocess.run(inside(*argv), capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
     if done.returncode:
         raise RuntimeError(f"the clients failed: {done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout)
@@ -162,28 +162,52 @@ def fetch(host: LibvirtHost, server: str, ladder: Ladder, load: Load) -> dict[st
     return found
 
 
-def measure(host: LibvirtHost, servers: dict[str, str], loads: Sequence[Load]) -> list[dict[str, Any]]:
+def measure(inside: Inside, servers: dict[str, str], loads: Sequence[Load]) -> list[dict[str, Any]]:
     """Rows of every load, ladder and side, the sides in turn."""
     rows = []
-    with shaped(host):
-        for load in loads:
-            for ladder in LADDERS:
-                for repeat in range(load.repeats):
-                    for side, server in servers.items():
-                        seconds = fetch(host, server, ladder, load)["seconds"]
-                        row = {"ladder": ladder.name, "side": side, "clients": load.clients, "repeat": repeat}
-                        rows.append({**row, "segments": load.segments(ladder), "seconds": seconds})
+    for load in loads:
+        for ladder in LADDERS:
+            for repeat in range(load.repeats):
+                for side, server in servers.items():
+                    seconds = fetch(inside, server, ladder, load)["seconds"]
+                    row = {"ladder": ladder.name, "side": side, "clients": load.clients, "repeat": repeat}
+                    rows.append({**row, "segments": load.segments(ladder), "seconds": seconds})
     return rows
 
 
 @contextlib.contextmanager
-def everything(folder: Path, share: Path) -> Iterator[tuple[Product, dict[str, str], str]]:
-    """The product, the servers' addresses by side, and the accelerator."""
+def with_vm(folder: Path, share: Path) -> Iterator[tuple[Product, dict[str, str], str]]:
+    """The product, the servers' addresses by side, and the accelerator; the client's link is one of 1 Gbit/s (tc-tbf)."""
     with product_on_host(folder, share) as product, virtual_machine(product, "--package", "nginx") as accelerator:
         with bare_metal(product.host, share, folder / "metal.log") as plain:
             with nginx_on_metal(product.host, folder, share) as metal:
                 found = {**plain, "vm nginx": f"{ADDRESS}:{NGINX_PORT}", "metal nginx": metal}
-                yield product, {side: found[side] for side in SIDES}, accelerator
+                shape = ("root", "tbf", "rate", LINK, "burst", "256kb", "latency", "50ms")
+                product.host.run("tc", "qdisc", "replace", "dev", "client0", *shape)
+                yield product, {side: found[side] for side in SIDES if side in found}, accelerator
+
+
+@contextlib.contextmanager
+def without_vm(folder: Path, share: Path) -> Iterator[tuple[Inside, dict[str, str]]]:
+    """How to run something where the client is, and the servers' addresses by side; on a link of 1 Gbit/s too."""
+    folder.mkdir()
+    with routed() as network, deployed(network, folder, share) as deployment:
+        argv = [sys.executable, "-m", "guest_agent.examples.media_server", "--root", str(share), "--port", str(PLAIN_PORT)]
+        metal = Process(network.host, [*argv, "--no-offload"], folder / "metal.log")
+        metal.start()
+        try:
+            wait_for(lambda: "serving" in metal.log.read_text(), seconds=20, what="the media server on bare metal")
+            network.shape(LINK)
+            gateway = network.client.run("ip", "-4", "route", "show", "default").split()[2]
+            servers = (f"{network.guest_address[4]}:{deployment.port}", f"{gateway}:{PLAIN_PORT}")
+            inside = functools.partial(_inside, network.client.name)
+            yield inside, dict(zip(("namespace", "namespace metal"), servers, strict=True))
+        finally:
+            metal.stop()
+
+
+def _inside(namespace: str, *argv: str) -> list[str]:
+    return ["ip", "netns", "exec", namespace, *argv]
 
 
 # Judging: pure.
@@ -194,10 +218,10 @@ def seconds(rows: Sequence[dict[str, Any]], ladder: str, side: str, clients: int
     return [row["seconds"] for row in rows if (row["ladder"], row["side"], row["clients"]) == (ladder, side, clients)]
 
 
-def ratio(rows: Sequence[dict[str, Any]], ladder: str, clients: int, base: str) -> float:
-    """Median elapsed time of the offloaded VM over that of another side."""
-    offloaded, other = (statistics.median(seconds(rows, ladder, side, clients)) for side in ("offload", base))
-    return offloaded / other
+def ratio(rows: Sequence[dict[str, Any]], ladder: str, clients: int, side: str, base: str) -> float:
+    """Median elapsed time of one side over that of another."""
+    ours, other = (statistics.median(seconds(rows, ladder, name, clients)) for name in (side, base))
+    return ours / other
 
 
 def loads_of(rows: Sequence[dict[str, Any]]) -> list[int]:
@@ -205,14 +229,20 @@ def loads_of(rows: Sequence[dict[str, Any]]) -> list[int]:
     return sorted({row["clients"] for row in rows})
 
 
-def judge(rows: Sequence[dict[str, Any]], counters: dict[str, Any]) -> list[Bar]:
-    """The bars of the issue, for each number of clients and each server on bare metal."""
-    bars = []
+def names(accelerator: str) -> dict[str, str]:
+    """What the sides are called: an emulated VM is called so beside each of its numbers."""
+    emulated = " (emulated)" if accelerator == "tcg" else ""
+    return {side: name + emulated * (side in ("vm", "vm nginx", "offload")) for side, name in SIDES.items()}
+
+
+def judge(rows: Sequence[dict[str, Any]], counters: dict[str, Any], accelerator: str) -> list[Bar]:
+    """For each number of clients, beside each server on bare metal."""
+    bars, called = [], names(accelerator)
     for clients in loads_of(rows):
         for ladder, limit in LIMITS.items():
-            for side in ("metal", "metal nginx"):
-                name = f"elapsed time, {ladder}, {clients} client{'s' if clients > 1 else ''}, offloaded"
-                bars.append(Bar(name, ratio(rows, ladder, clients, side), f"of {SIDES[side]}", limit, "<="))
+            for side, base in COMPARED:
+                name = f"elapsed time, {ladder}, {clients} client{'s' if clients > 1 else ''}, {called[side]}"
+                bars.append(Bar(name, ratio(rows, ladder, clients, side, base), f"of {called[base]}", limit, "<="))
     large = counters["offloaded"] + counters["failed"] + sum(n for reason, n in counters["local"].items() if reason != "too_small")
     return [*bars, Bar("segments that the host delivered", counters["offloaded"] / max(large, 1), "of all", 0.99, ">=")]
 
@@ -220,11 +250,12 @@ def judge(rows: Sequence[dict[str, Any]], counters: dict[str, Any]) -> list[Bar]
 # Showing.
 
 
-def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
+def tables(rows: Sequence[dict[str, Any]], accelerator: str) -> list[Table]:
     """Elapsed times by load."""
     found = []
     for clients in loads_of(rows):
-        shown = Table("ladder", *SIDES.values(), title=f"elapsed seconds, median (spread); {clients} clients", title_justify="left")
+        title = f"elapsed seconds, median (spread); {clients} clients"
+        shown = Table("ladder", *names(accelerator).values(), title=title, title_justify="left")
         for ladder in LADDERS:
             medians = [bench.median_and_spread(seconds(rows, ladder.name, side, clients)) for side in SIDES]
             shown.add_row(f"{ladder.name}, {ladder.rate}", *(f"{median:.2f} ({spread:.2f})" for median, spread in medians))
@@ -232,14 +263,14 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
     return found
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def plot(rows: Sequence[dict[str, Any]], accelerator: str, path: Path) -> None:
     """Fig. 4: bars by ladder, of the VM's own time; the paper's as crosses."""
     loads = loads_of(rows)
     with bench.drawing(path, columns=len(loads)) as axes:
         for axis, clients in zip(axes, loads, strict=True):
-            for at, (side, name) in enumerate(SIDES.items()):
-                places = [place + (at - 2) * 0.16 for place in range(len(LADDERS))]
-                axis.bar(places, [_of_vm(rows, ladder.name, side, clients) for ladder in LADDERS], 0.15, label=name)
+            for at, (side, name) in enumerate(names(accelerator).items()):
+                places = [place + (at - 3) * 0.12 for place in range(len(LADDERS))]
+                axis.bar(places, [ratio(rows, ladder.name, clients, side, "vm") for ladder in LADDERS], 0.11, label=name)
                 known = [(place, PAPER[ladder.name][side]) for place, ladder in zip(places, LADDERS, strict=True)
                          if side in PAPER.get(ladder.name, {})]  # fmt: skip
                 label = "Jeong 2015" if side == "vm" else None
@@ -247,10 +278,6 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axis.set(ylabel="elapsed time / that of the VM alone", title=f"{clients} clients, {LINK}")
             axis.set_xticks(range(len(LADDERS)), [f"{ladder.name}, {ladder.rate}" for ladder in LADDERS])
             axis.legend()
-
-
-def _of_vm(rows: Sequence[dict[str, Any]], ladder: str, side: str, clients: int) -> float:
-    return statistics.median(seconds(rows, ladder, side, clients)) / statistics.median(seconds(rows, ladder, "vm", clients))
 
 
 def main() -> int:
@@ -261,15 +288,18 @@ def main() -> int:
         folder, share = Path(name), Path(name) / "share"
         for ladder in LADDERS:
             make_film(share, ladder)
-        with everything(folder, share) as (product, servers, accelerator):
+        loads = QUICK if options.quick else FULL
+        with with_vm(folder, share) as (product, servers, accelerator):
             shaping = f" The link of {LINK} is a token bucket of 256 kB: what is smaller passes at the speed of memory."
             report = Report("dash", setups.caveat(accelerator) + shaping)
-            report.rows = measure(product.host, servers, QUICK if options.quick else FULL)
+            report.rows = measure(product.host.client.command, servers, loads)
             report.details = {"accelerator": accelerator, "media_server": product.counters(ADDRESS)}
-    report.bars = judge(report.rows, report.details["media_server"])
+        with without_vm(folder / "namespaces", share) as (inside, servers):
+            report.rows += measure(inside, servers, loads)
+    report.bars = judge(report.rows, report.details["media_server"], accelerator)
     if options.plot:
-        plot(report.rows, options.plot)
-    return bench.finish(report, options, tables(report.rows))
+        plot(report.rows, accelerator, options.plot)
+    return bench.finish(report, options, tables(report.rows, accelerator))
 
 
 if __name__ == "__main__":

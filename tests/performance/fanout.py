@@ -34,6 +34,8 @@ from tests.performance.bench import Bar, Report
 PIECE, RATE = 1400, 256_000
 """Bytes and bits a second (Hung 2010, section 5.2)."""
 BUDGETS = (0, 50, 200)
+PAPER = {"udp": 0.44, "tcp": 0.48}
+"""OMSS's utilization of the daemon's, at 2,000 and at 1,800 sinks: Hung 2010, section 6."""
 HERE = Path(__file__).resolve().parent
 CAVEAT = (
     "loopback: receiving is part of each send here, and is in both columns; a real network card would take the copy and the "
@@ -282,6 +284,9 @@ def plot(report: Report, path: Path, plan: Plan) -> None:
         for axis, protocol in zip(axes, ("udp", "tcp"), strict=True):
             for side in SIDES:
                 axis.plot(plan.counts, [100 * cost(report.rows, side, protocol, n) for n in plan.counts], marker="o", label=side)
+            most = plan.counts[-1]
+            paper = 100 * PAPER[protocol] * cost(report.rows, "daemon", protocol, most)
+            axis.plot(most, paper, "kx", label=f"{PAPER[protocol]} of the daemon's: Hung 2010")
             axis.set(title=protocol.upper(), xlabel="number of sinks", ylabel="CPU utilization, % of one processor", ylim=(0, None))
             axis.legend(fontsize=8)
 

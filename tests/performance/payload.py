@@ -22,6 +22,8 @@ from tests.performance.bench import Bar, Report
 from tests.performance.relays import spliced
 
 PIECE = fanout.PIECE
+PAPER = {"udp": 200, "tcp": 100}
+"""Bytes from which on sharing pays: Hung 2010, section 5.3."""
 CAVEAT = (
     "instructions, not time: a cache miss costs as much as an addition, and QEMU counts each byte or word of a copy; "
     "UDP leaves by a card that throws it away; TCP's receiving half is part of each send, in all columns"
@@ -82,6 +84,7 @@ def plot(report: Report, path: Path, plan: Plan) -> None:
         for axis, protocol in zip(axes, ("udp", "tcp"), strict=True):
             for side in ("OMSS-M", "OMSS"):
                 axis.plot(plan.sizes, [cost(report.rows, side, protocol, n) for n in plan.sizes], marker="o", label=side)
+            axis.axvline(PAPER[protocol], color="black", linestyle=":", label="sharing pays from: Hung 2010")
             axis.set(title=protocol.upper(), xlabel="payload, bytes", ylabel="instructions a piece and sink", xscale="log")
             axis.legend()
 

@@ -4,8 +4,8 @@
     sudo ./run bench all --out DIR [--quick] [--only NAME]
 
 DIR/report.json has the form of `schema.py`, DIR/report.html the plots. A part that was measured already, by this version and at
-this length, is not measured again: after an interruption the same command goes on. No part may take longer than its share of
-forty minutes (`--quick`: five) and what others left of theirs; one that does is ended, and the page says so."""
+this length, is not measured again: after an interruption the same command goes on. A part has its share of forty minutes
+(`--quick`: five) and some of what others leave of theirs; one that takes longer is ended, and the page says so."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def measure(benchmark: Benchmark, folder: Path, *, quick: bool, budget: float) -
     begun = time.monotonic()
     with log.open("wb") as output:
         status = _run(argv, output, budget)
-    facts: dict[str, Any] = {"name": benchmark.name, "shows": benchmark.shows, "command": ["python", *argv[1:]]}
+    command = ["./run", "bench", benchmark.name, *(["--quick"] if quick else [])]
+    facts: dict[str, Any] = {"name": benchmark.name, "shows": benchmark.shows, "command": command}
     facts |= {"seconds": round(time.monotonic() - begun, 1), "budget_seconds": round(benchmark.budget, 1)}
     if status in (0, bench.FALLS_SHORT):
         with contextlib.suppress(OSError, ValueError):
@@ -152,7 +153,7 @@ def resumed(path: Path, benchmark: Benchmark, *, quick: bool) -> Part | None:
 
 
 def run(benchmarks: Sequence[Benchmark], out: Path, *, quick: bool, total: float) -> Iterator[Part]:
-    """Each part as it is done. What one does not need of its time the others may have."""
+    """Each part as it is done; all of them within `total` seconds."""
     parts = out / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + total
@@ -162,10 +163,15 @@ def run(benchmarks: Sequence[Benchmark], out: Path, *, quick: bool, total: float
         kept = parts / f"{benchmark.name}.part.json"
         part = resumed(kept, benchmark, quick=quick)
         if part is None:
-            reserved = sum(other.budget for other in left)
-            part = measure(benchmark, parts, quick=quick, budget=max(benchmark.budget, deadline - time.monotonic() - reserved))
+            part = measure(benchmark, parts, quick=quick, budget=allowed(benchmark, left, deadline - time.monotonic()))
             kept.write_text(part.model_dump_json(indent=1))
         yield part
+
+
+def allowed(benchmark: Benchmark, others: Sequence[Benchmark], remaining: float) -> float:
+    """Seconds for this one: its share, and more as long as each of the others still has half of its own."""
+    spare = remaining - sum(other.budget for other in others) / 2
+    return max(min(max(benchmark.budget, spare), remaining), 0.1)
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,21 @@ from typing import Any
 
 import pytest
 
-from tests.performance import bench, dash, dash_client, fanout, files, handoff, moves, overload, payload, peers, rtp, warm
+from tests.performance import (
+    bench,
+    dash,
+    dash_client,
+    fanout,
+    files,
+    handoff,
+    migrate,
+    moves,
+    overload,
+    payload,
+    peers,
+    rtp,
+    warm,
+)
 from tests.performance.bench import Bar, Report
 from tests.vm.setups import NAMES
 
@@ -231,7 +245,7 @@ def test_rtp_verdict(tmp_path: Path) -> None:
 
 def _films(**factors: float) -> list[dict[str, Any]]:
     """Each side needs so many seconds for each ladder."""
-    sides = {**dict.fromkeys(dash.SIDES, 1.0), "vm": 2.0, **factors}
+    sides = {**dict.fromkeys(dash.SIDES, 1.0), "vm": 2.0, "namespace": 1.01, **factors}
     return [
         {"ladder": ladder.name, "side": side, "clients": clients, "repeat": 0, "seconds": seconds}
         for clients in (1, 50)
@@ -243,10 +257,11 @@ def _films(**factors: float) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("offload", "short"), [(1.02, 0), (1.05, 4), (1.2, 8)])
 def test_dash_verdict(offload: float, short: int, tmp_path: Path) -> None:
     rows = _films(offload=offload)
-    bars = dash.judge(rows, {"offloaded": 99, "failed": 0, "local": {"too_small": 500, "table_full": 1}})
+    bars = dash.judge(rows, {"offloaded": 99, "failed": 0, "local": {"too_small": 500, "table_full": 1}}, "tcg")
     assert sum(not bar.holds for bar in bars) == short
-    assert bars[-1].value == 0.99 and len(bars) == 9
-    dash.plot(rows, tmp_path / "plot.png")
+    assert bars[-1].value == 0.99 and len(bars) == 13
+    assert ["emulated" in bar.name for bar in bars[:3]] == [True, True, False]
+    dash.plot(rows, "tcg", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -260,6 +275,28 @@ def test_a_dash_client_reads_what_we_and_ffmpeg_write() -> None:
     assert dash_client.parse(text.encode()).segments == ("s-5.m4s", "s-6.m4s", "s-7.m4s", "s-8.m4s", "s-9.m4s")
     with pytest.raises(ValueError, match="not a static manifest"):
         dash_client.parse(b"<MPD/>")
+
+
+def _migration(side: str, silence: float, drain: float, faults: int) -> dict[str, Any]:
+    rates = {"before": 100.0, "during": 72.0, "after": 100.0}
+    told = {"leave": {"drain_ms": drain, "share_ms": 50}, "downtime_ms": 80, "total_ms": 3000}
+    seen = {"silences_ms": [silence, 10.0], "faults": ["reset"] * faults, "timeline": [(-1.0, 100.0), (0.0, 72.0)]}
+    return {"side": side, "repeat": 0, "seconds": 3.5, "mbit_per_second": rates, **told, **seen}
+
+
+@pytest.mark.parametrize(
+    ("silence", "drain", "faults", "short"), [(600, 300, 0, 0), (612, 300, 0, 1), (600, 301, 0, 1), (600, 300, 1, 1)]
+)
+def test_a_migration_is_compared_with_the_one_beside_it(
+    silence: float, drain: float, faults: int, short: int, tmp_path: Path
+) -> None:
+    rows = [_migration("offload", silence, drain, faults), _migration("alone", 300, 400, 0)]
+    rows += [_migration("offload", 100, 100, 0), _migration("alone", 1000, 0, 5)]
+    assert sum(not bar.holds for bar in migrate.judge(rows)) == short
+    assert migrate.loss(rows, "offload") == pytest.approx(28)
+    assert migrate.tables(rows)[0].row_count == 2
+    migrate.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.root

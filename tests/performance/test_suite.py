@@ -52,6 +52,14 @@ def test_every_benchmark_is_found_and_the_time_is_shared() -> None:
         suite.discover(300, ["nothing"])
 
 
+def test_no_part_takes_the_others_their_time() -> None:
+    one, others = Benchmark("one", "it", 10), [Benchmark("other", "it", 20), Benchmark("third", "it", 20)]
+    assert suite.allowed(one, others, 50) == 30  # half of theirs is spare
+    assert suite.allowed(one, others, 25) == 10
+    assert suite.allowed(one, others, 4) == 4
+    assert suite.allowed(one, [], -1) == 0.1
+
+
 def test_the_shell_lists_the_same(tmp_path: Path) -> None:
     listed = "grep -l 'bench\\.arguments' tests/performance/*.py | sed 's|.*/||; s|\\.py$||'"
     words = subprocess.run(["sh", "-c", listed], cwd=bench.ROOT, capture_output=True, text=True, check=True).stdout.split()
@@ -135,7 +143,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
 @pytest.mark.root
 def test_one_part_measured_then_resumed(tmp_path: Path) -> None:
     """The real thing, with the cheapest part; the second run measures nothing."""
-    argv = [sys.executable, "-m", "tests.performance.suite", "--out", str(tmp_path), "--quick", "--only", "overload"]
+    argv = [sys.executable, "-m", "tests.performance.suite", "--out", str(tmp_path), "--quick", "--only", "handoff"]
     reports = []
     for _ in range(2):
         done = subprocess.run(argv, cwd=bench.ROOT, capture_output=True, text=True, check=False)

@@ -13,6 +13,7 @@ import pytest
 from hypervisor_svc.deploy import Deployed, Deployment, deploy, undeploy
 from tests.vm.libvirt_host import LibvirtHost
 from tests.vm.product import Product
+from tests.vm.two_hosts import TwoHosts
 from vm_images.build import Image, build
 
 Deploy = Callable[..., Deployed]
@@ -23,6 +24,13 @@ def libvirt_host() -> Iterator[LibvirtHost]:
     """A hypervisor in namespaces of its own, with a client namespace beside it."""
     with LibvirtHost() as host:
         yield host
+
+
+@pytest.fixture(scope="session")
+def two_hosts() -> Iterator[TwoHosts]:
+    """Two hypervisors, the fabric between them, and clients."""
+    with TwoHosts() as hosts:
+        yield hosts
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@
                                           libvirtd, the service
 
 Nothing of the machine's own libvirt, network or names is touched, and the end of the host's first process is
-the end of all that ran there. Needs root, not systemd.
+the end of all that ran there. Needs root, not systemd. With a `fabric` (`fabric.py`) the client and the network beyond the
+host are the fabric's.
 
 The folders below `directory` are the host's /etc/libvirt, /var/lib/libvirt and so on; `outside` translates a path that
 libvirt reports into one that processes outside the host's namespaces can open.
@@ -15,7 +16,6 @@ libvirt reports into one that processes outside the host's namespaces can open.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -29,6 +29,8 @@ from typing import IO, Any, TypeVar
 import libvirt
 
 from hypervisor_svc.domains import open_connection
+from tests.vm.fabric import Fabric
+from tests.vm.namespaces import Namespaces, give_addresses, link
 
 CLIENT_ADDRESSES = ("203.0.113.2", "fd78:c::2")
 HOST_ADDRESSES = ("203.0.113.1", "fd78:c::1")
@@ -64,83 +66,24 @@ PRIVATE_FOLDERS = {
 }
 
 
-class Namespaces:
-    """A process that keeps namespaces alive; `command(...)` is how to run something inside."""
-
-    def __init__(self, *kinds: str) -> None:
-        self._kinds = kinds
-        options = [f"--{kind}" for kind in kinds]
-        if "mount" in kinds:
-            options += ["--propagation", "private"]
-        if "pid" in kinds:
-            options += ["--fork", "--kill-child=SIGKILL", "--mount-proc"]
-        # In a pid namespace this shell is the first process: it must reap what daemons leave behind ("wait"), and
-        # the namespaces must not outlive us (--pdeathsig).
-        wait = "sleep infinity & wait" if "pid" in kinds else "exec sleep infinity"
-        holder = ("sh", "-c", f"echo ready; {wait}")
-        self._process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", *options, *holder],
-            stdout=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            process_group=0,  # Ctrl-C is for us
-        )
-        assert self._process.stdout is not None
-        if self._process.stdout.readline() != b"ready\n":
-            raise RuntimeError("unshare failed: are we root?")
-        self.pid = _first_child(self._process.pid) if "pid" in kinds else self._process.pid
-
-    def command(self, *arguments: str | Path) -> list[str]:
-        """The command line that runs `arguments` inside."""
-        kinds = [f"--{kind}" for kind in self._kinds]
-        return ["nsenter", f"--target={self.pid}", *kinds, "--", *(str(argument) for argument in arguments)]
-
-    def run(self, *arguments: str | Path, check: bool = True) -> str:
-        """Run a program inside to its end and return what it printed."""
-        result = subprocess.run(self.command(*arguments), capture_output=True, text=True, check=False)
-        if check and result.returncode != 0:
-            raise RuntimeError(f"{' '.join(map(str, arguments))}: {result.stderr.strip() or result.returncode}")
-        return result.stdout
-
-    def start(
-        self,
-        *arguments: str | Path,
-        output: IO[Any] | int | None = None,
-        environment: Mapping[str, str] | None = None,
-    ) -> subprocess.Popen[bytes]:
-        """Start a program inside that runs on; both of its outputs go to `output`."""
-        return subprocess.Popen(
-            self.command(*arguments),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT if output is not None else None,
-            env={**os.environ, **(environment or {})},
-            process_group=0,
-        )
-
-    def signal(self, process: subprocess.Popen[bytes], number: int) -> None:
-        """Signal what `start` started and wait for its end. In a pid namespace nsenter stands between, and passes no signal on."""
-        if process.poll() is None:
-            os.kill(_first_child(process.pid) if "pid" in self._kinds else process.pid, number)
-        process.wait(timeout=20)
-
-    def close(self) -> None:
-        """End the namespaces, and with a pid namespace all that ran in it."""
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-
-def _first_child(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()[0])
-
-
 class LibvirtHost:
     """libvirtd by hand; a context manager. `uri` works inside and outside the host's namespaces."""
 
-    def __init__(self, *, name: str = "streamlift-host", directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        name: str = "streamlift-host",
+        directory: Path | None = None,
+        fabric: Fabric | None = None,
+        storage: Path | None = None,
+    ) -> None:
+        """`storage`: what is /var/lib/streamlift here; hosts between which VMs move have the same."""
         self.name = name
         self.directory = directory or Path(tempfile.mkdtemp(prefix="streamlift-host-"))
+        self._folders = {folder: self.directory / folder for folder in PRIVATE_FOLDERS}
+        if storage is not None:
+            self._folders["streamlift"] = storage
+        self._fabric = fabric
         self._stack = contextlib.ExitStack()
 
     @property
@@ -151,17 +94,20 @@ class LibvirtHost:
     @property
     def machines(self) -> Path:
         """Where VMs deployed here keep their files."""
-        return self.directory / "machines"
+        return self._folders["streamlift"] / "machines"
 
     def __enter__(self) -> LibvirtHost:
         with contextlib.ExitStack() as stack:
             stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
             self.namespaces = Namespaces("mount", "net", "uts", "pid")
             stack.callback(self.namespaces.close)
-            self.client = Namespaces("net")
-            stack.callback(self.client.close)
             self._prepare()
-            self._connect_client()
+            if self._fabric is not None:
+                self._join(self._fabric)
+            else:
+                self.client = Namespaces("net")
+                stack.callback(self.client.close)
+                self._connect_client()
             self._start_libvirtd()
             stack.callback(self._stop_libvirtd)
             self._stack = stack.pop_all()
@@ -191,7 +137,7 @@ class LibvirtHost:
         """Where a path of the host is for processes outside its namespaces."""
         for folder, inside in PRIVATE_FOLDERS.items():
             if Path(path).is_relative_to(inside):
-                return self.directory / folder / Path(path).relative_to(inside)
+                return self._folders[folder] / Path(path).relative_to(inside)
         return Path(path)
 
     def restart_libvirtd(self) -> None:
@@ -200,34 +146,40 @@ class LibvirtHost:
         self._start_libvirtd()
 
     def _prepare(self) -> None:
-        for folder in (*PRIVATE_FOLDERS, "machines", "state/dnsmasq"):
-            (self.directory / folder).mkdir(parents=True, exist_ok=True)
+        for path in (*self._folders.values(), self.machines, self.directory / "state" / "dnsmasq"):
+            path.mkdir(parents=True, exist_ok=True)
         uuid = Path("/proc/sys/kernel/random/uuid").read_text(encoding="ascii").strip()
         (self.directory / "etc" / "libvirtd.conf").write_text(LIBVIRTD_CONF.format(uuid=uuid), encoding="utf-8")
         (self.directory / "etc" / "qemu.conf").write_text(QEMU_CONF, encoding="utf-8")
         for folder, inside in PRIVATE_FOLDERS.items():
             Path(inside).mkdir(parents=True, exist_ok=True)
-            self.run("mount", "--bind", self.directory / folder, inside)
+            self.run("mount", "--bind", self._folders[folder], inside)
         # /sys shows the network of the namespace in which it was mounted, and libvirt looks for bridges there.
         self.run("mount", "-t", "sysfs", "none", "/sys")
         self.run("hostname", self.name)
+        # libvirt asks for its own name before it migrates, and nobody answers here.
+        names = self.directory / "hosts"
+        names.write_text(f"127.0.0.1 localhost {self.name}\n", encoding="ascii")
+        self.run("mount", "--bind", names, "/etc/hosts")
         self.run("ip", "link", "set", "lo", "up")
         self.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
 
     def _connect_client(self) -> None:
-        link = ("ip", "link", "add", "client0", "netns", str(self.namespaces.pid), "type", "veth")
-        subprocess.run([*link, "peer", "name", "eth0", "netns", str(self.client.pid)], check=True)
-        sides = (
+        link(self.namespaces, "client0", self.client, "eth0")
+        for side, card, (address4, address6) in (
             (self.namespaces, "client0", HOST_ADDRESSES),
             (self.client, "eth0", CLIENT_ADDRESSES),
-        )
-        for side, card, (address4, address6) in sides:
-            side.run("ip", "link", "set", card, "up")
-            side.run("ip", "address", "add", f"{address4}/24", "dev", card)
-            side.run("ip", "address", "add", f"{address6}/64", "dev", card, "nodad")
+        ):
+            give_addresses(side, card, f"{address4}/24", f"{address6}/64")
         self.client.run("ip", "link", "set", "lo", "up")
         for gateway in HOST_ADDRESSES:
             self.client.run("ip", "route", "add", "default", "via", gateway)
+
+    def _join(self, fabric: Fabric) -> None:
+        """Others' migrations come to the address that the fabric gives."""
+        self.client, self.uplink = fabric.client, fabric.join(self.namespaces)
+        with (self.directory / "etc" / "qemu.conf").open("a", encoding="utf-8") as settings:
+            settings.write(f'migration_host = "{self.uplink.address4}"\n')
 
     def _start_libvirtd(self) -> None:
         with (self.directory / "log" / "libvirtd.log").open("ab") as log:

@@ -5,6 +5,7 @@ hears its power button. A root shell on its second serial port is how the test t
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import socket
 import subprocess
@@ -58,6 +59,7 @@ StandardInput=tty-force
 StandardOutput=tty
 StandardError=tty
 TTYPath=/dev/ttyS1
+KillSignal=SIGKILL
 Restart=always
 [Install]
 WantedBy=multi-user.target
@@ -105,9 +107,8 @@ class OwnMachine:
             terminal.settimeout(seconds)
             terminal.connect(str(self._shell))
             terminal.sendall(f"{{ {command} ; }} 2>&1; echo ended=$?=\n".encode())
-            said = _read_until(terminal, time.monotonic() + seconds)
-        words, _, status = said.rpartition("ended=")
-        if status.strip("=\r\n") != "0":
+            words, status = _read_until(terminal, time.monotonic() + seconds)
+        if status != 0:
             raise RuntimeError(f"{command}: {words}")
         return words
 
@@ -122,18 +123,19 @@ class OwnMachine:
         wait_for(answers, seconds=60, what="the VM's shell")
 
 
-def _read_until(terminal: socket.socket, deadline: float) -> str:
-    said = b""
-    while not said.rstrip().endswith(b"=") or b"ended=" not in said:
+def _read_until(terminal: socket.socket, deadline: float) -> tuple[str, int]:
+    """What was said, and the exit status; a prompt may stand around both."""
+    said = ""
+    while (end := re.search(r"ended=(\d+)=", said)) is None:
         if time.monotonic() > deadline:
-            raise TimeoutError(said.decode(errors="replace"))
-        said += terminal.recv(4096)
-    return said.decode(errors="replace")
+            raise TimeoutError(said)
+        said += terminal.recv(4096).decode(errors="replace")
+    return said[: end.start()], int(end[1])
 
 
 @contextlib.contextmanager
-def own_machine(host: LibvirtHost) -> Iterator[OwnMachine]:
-    """Defined and running, on the NAT network that libvirt comes with."""
+def own_machine(host: LibvirtHost, *, runs: bool) -> Iterator[OwnMachine]:
+    """Defined, and running or off, on the NAT network that libvirt comes with."""
     made, folder = build(), host.machines / NAME
     folder.mkdir()
     disk, shell = folder / "disk.qcow2", folder / "shell.sock"
@@ -145,8 +147,11 @@ def own_machine(host: LibvirtHost) -> Iterator[OwnMachine]:
         places = {"name": NAME, "kernel": made.kernel, "initrd": made.initrd, "disk": disk, "folder": folder, "shell": shell}
         domain = connection.defineXML(DOMAIN.format(**places))
         try:
-            domain.create()
-            yield OwnMachine(domain, shell)
+            machine = OwnMachine(domain, shell)
+            if runs:
+                domain.create()
+                machine.wait_booted()
+            yield machine
         finally:
             with contextlib.suppress(libvirt.libvirtError):
                 domain.destroy()

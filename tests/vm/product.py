@@ -30,11 +30,17 @@ class Product:
         service = f'[service]\nruntime_dir = "{self._runtime}"\n[libvirt]\nuri = "{host.uri}"\n'
         self.config.write_text(service + extra, encoding="utf-8")
 
-    def start(self) -> None:
-        """Start the service and wait until it answers."""
+    def start(self, **faults: str) -> None:
+        """Start the service and wait until it answers; `faults` become environment variables of this life only."""
+        environment = {"PYTHONPATH": PATHS, **faults}
         with self.log.open("ab") as log:
-            self._process = self.host.start(*self._command("serve"), output=log, environment={"PYTHONPATH": PATHS})
+            self._process = self.host.start(*self._command("serve"), output=log, environment=environment)
         wait_for(self._answers, seconds=10, what="the service")
+
+    @property
+    def control(self) -> Path:
+        """Its control socket."""
+        return self._runtime / "control.sock"
 
     def stop(self) -> None:
         """End the service."""
@@ -49,7 +55,7 @@ class Product:
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Ask the service through its control socket."""
-        return control.call(str(self._runtime / "control.sock"), command, **arguments)
+        return control.call(str(self.control), command, **arguments)
 
     def _answers(self) -> bool:
         with contextlib.suppress(control.ControlError):
@@ -64,6 +70,12 @@ class Product:
     def command(self, *arguments: str) -> str:
         """Run the command line `streamlift` on the host; what it prints."""
         return self.host.run("env", f"PYTHONPATH={PATHS}", *self._command(*arguments))
+
+    def begin(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start the command line on the host; whoever calls waits for its end."""
+        argv = self.host.namespaces.command("env", f"PYTHONPATH={PATHS}", *self._command(*arguments))
+        pipe = subprocess.PIPE
+        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, process_group=0)
 
     def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "hypervisor_svc", "--config", str(self.config), *arguments]

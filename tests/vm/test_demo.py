@@ -59,6 +59,20 @@ def test_a_live_stream(tmp_path: Path) -> None:
     assert report["holds"] and report["relay"]["engine"] and len(report["frames"]) == 50
 
 
+@pytest.mark.vm
+@pytest.mark.long
+@pytest.mark.timeout(500)
+def test_a_vm_that_moves(tmp_path: Path) -> None:
+    """`./run demo migrate`: curl and ffmpeg get every byte, and nothing stays."""
+    before, found = links(), tmp_path / "demo.json"
+    argv = [sys.executable, "-m", "tests.demo", "migrate", "--json", str(found)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=450, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    report = json.loads(found.read_text())
+    assert report["holds"] and not any(report["verdicts"].values())
+    assert links() == before
+
+
 def assert_complete(report: dict[str, Any]) -> None:
     """Every ladder was fetched, matched and offloaded, and measured in each set-up."""
     assert report["holds"]

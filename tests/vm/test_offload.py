@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 import libvirt
 import pytest
@@ -18,6 +16,7 @@ from hypervisor_svc import attach
 from hypervisor_svc.deploy import undeploy
 from tests.client import make_content
 from tests.vm.conftest import Deploy
+from tests.vm.console import give_shell, open_shell
 from tests.vm.libvirt_host import LibvirtHost, wait_for
 from tests.vm.product import Product
 from vm_images.build import Image, build
@@ -224,11 +223,11 @@ def test_vm_destroyed_while_transfers_are_out(product: Product, tmp_path: Path, 
 
 
 def test_agent_killed_while_a_transfer_is_out(product: Product, tmp_path: Path, connection: libvirt.virConnect) -> None:
-    give_shell(connection)
+    give_shell(connection.lookupByName("guest"))
     product.wait_ready(ADDRESS4)
     files = product.open_files()
     hellos = product.log.read_text().count("answers")
-    with open_shell(connection) as shell:
+    with open_shell(connection.lookupByName("guest")) as shell:
         download = Download(product, tmp_path, rate="6M")
         shell.write("systemctl kill --signal KILL streamlift-agent\n")
         wait_for(lambda: product.log.read_text().count("answers") > hellos, seconds=20, what="the next agent's hello")
@@ -237,21 +236,3 @@ def test_agent_killed_while_a_transfer_is_out(product: Product, tmp_path: Path, 
     product.wait_ready(ADDRESS4)
     assert_serves(product)
     assert_nothing_left(product, files)
-
-
-def give_shell(connection: libvirt.virConnect) -> None:
-    """Start the VM again with a shell on its serial console."""
-    domain = connection.lookupByName("guest")
-    definition = ET.fromstring(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
-    command_line = definition.find("os/cmdline")
-    assert command_line is not None
-    command_line.text = f"{command_line.text} systemd.debug_shell=ttyS0"
-    domain.destroy()
-    connection.defineXML(ET.tostring(definition, encoding="unicode")).create()
-
-
-def open_shell(connection: libvirt.virConnect) -> IO[str]:
-    """That shell's input. It must stay open for a while: QEMU reads a console only as long as somebody has it open."""
-    console = ET.fromstring(connection.lookupByName("guest").XMLDesc()).find("devices/serial/source")
-    assert console is not None
-    return Path(str(console.get("path"))).open("w", encoding="ascii", buffering=1)

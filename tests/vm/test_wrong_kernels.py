@@ -12,7 +12,7 @@ import pytest
 from tests.vm.other_kernel import OtherKernel
 from vm_images import build
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.long]
 
 FOREIGN, HERE = "6.1", "6.12"
 

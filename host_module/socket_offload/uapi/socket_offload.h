@@ -235,6 +235,7 @@ struct skoff_export {
  * blob says, but no more than anybody could have here (tcp_wmem, wmem_max; tcp_rmem,
  * rmem_max). With SKOFF_BIND the local end is `local` and
  * `local_port` and not the snapshot's. SKOFF_OPTIONS: set its socket options too.
+ * EBUSY: somebody else had the socket in hand meanwhile.
  * EADDRINUSE, EADDRNOTAVAIL, ENETUNREACH ... as bind(2) and connect(2).
  */
 #define SKOFF_BIND			(1 << 0)

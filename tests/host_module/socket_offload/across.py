@@ -22,7 +22,7 @@ from guest_agent.handoff import kernel
 from guest_agent.handoff.backend import Backend, SocketOffload, TcpRepair
 from guest_agent.handoff.snapshot import Snapshot, decode, encode
 from tests.guest_agent.handoff.loopback import KINDS
-from tests.host_module.socket_offload.connections import EARLY_AT, Pair, connected, exchange, own_network, put, receive_all
+from tests.host_module.socket_offload.connections import Pair, connected, exchange, own_network, put, receive_all
 
 MARK = "CONNECTION "
 STATES = {"ESTABLISHED": kernel.ESTABLISHED, "CLOSE_WAIT": kernel.CLOSE_WAIT, "FIN_WAIT1": kernel.FIN_WAIT1}
@@ -48,6 +48,7 @@ def give() -> int:
             pair.cure()
             ends = []
             for sock, backend in ((pair.server, backends[giver]), (pair.client, backends["socket_offload"])):
+                sock.setblocking(False)  # else Python waits for something to read before it peeks into the send queue
                 ends.append(backend.take(sock, None))
             print(MARK + json.dumps({"cell": [kind, giver, state, data], **packed_pair(pair), "ends": list(map(packed, ends))}))
     return 0
@@ -97,7 +98,7 @@ def live(backend: Backend, other: Backend, server: Snapshot, client: Snapshot, f
         backend.thaw(pair.server)
         backend.send_unsent(pair.server, server)
         if data == "out-of-order":
-            pair.client.sendall(to_server[:EARLY_AT])
+            pair.client.sendall(to_server)
         receive_all(pair)
         if state == "ESTABLISHED":
             exchange(pair)

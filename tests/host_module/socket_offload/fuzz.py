@@ -123,6 +123,7 @@ def behave(sock: socket.socket, chosen: random.Random) -> None:
         )
     )
     with contextlib.suppress(OSError):
+        sock.setblocking(False)
         act()
 
 

@@ -13,7 +13,6 @@ from guest_agent.handoff import hold, kernel
 from guest_agent.handoff.socket_offload import Device
 from tests.guest_agent.handoff.loopback import KINDS
 from tests.host_module.socket_offload.connections import (
-    EARLY_AT,
     Pair,
     connected,
     exchange,
@@ -37,6 +36,7 @@ def prepare(pair: Pair, data: str) -> None:
     for name, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)):
         pair.server.setsockopt(socket.IPPROTO_TCP, name, value)
     put(pair, kernel.ESTABLISHED, data)
+    pair.deafen()
     pair.server.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if data == "unacked":
         wait_for(lambda: pair.server.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 3)[2], "a retransmission")
@@ -47,7 +47,7 @@ def wake(device: Device, pair: Pair, data: str) -> None:
     hold.detach(pair.server)
     device.thaw(pair.server)
     if data == "out-of-order":
-        pair.client.sendall(pair.to_server[:EARLY_AT])
+        pair.client.sendall(pair.to_server)
     receive_all(pair)
     exchange(pair)
     assert round_trip(pair.server) < 10, "the time in which it was frozen is no round trip"
@@ -62,11 +62,13 @@ def test_two_minutes(tmp_path: Path) -> None:
                 for way in WAYS:
                     pair = pairs[kind, data, way] = stack.enter_context(connected(kind))
                     prepare(pair, data)
-                    snapshot = device.freeze_export(pair.server)
-                    if way == "imported":
-                        device.import_into(pair.server, snapshot)
-                    hold.attach(pair.server, None)
-                    pair.cure()
+        time.sleep(0.3)  # what the clients had put off to say is said: nobody would be there while a socket is rebuilt
+        for (_, _, way), pair in pairs.items():
+            snapshot = device.freeze_export(pair.server)
+            if way == "imported":
+                device.import_into(pair.server, snapshot)
+            hold.attach(pair.server, None)
+            pair.cure()
         device.close()  # it may be unloaded meanwhile
         ports = {pair.server.getsockname()[1] for pair in pairs.values()}
         with capture.captured(None, tmp_path / "frozen.pcap", "lo"):

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a guest works with its host, as one table of allowed transitions. Pure; both sides drive it.
+
+    HERE ──▶ LEAVING ──▶ AWAY ──▶ RETURNING ──▶ HERE
+                └───────────────────▲            cancelled, or somebody did not let go
+
+A mounted share blocks migration and saving to disk, so only a guest that is AWAY can go. Whoever fails goes back to HERE: a guest
+that is left alone, or meets another host's service than the one that it left, returns by itself."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Presence(str, Enum):
+    """As in `streamlift status`."""
+
+    HERE = "here"  # connections are handed out
+    LEAVING = "leaving"  # none goes out any more, those that are out come home, files are let go
+    AWAY = "away"  # nothing is out, no share is mounted
+    RETURNING = "returning"  # shares are being mounted
+
+
+PRESENCE_MOVES: dict[Presence, frozenset[Presence]] = {
+    Presence.HERE: frozenset({Presence.LEAVING}),
+    Presence.LEAVING: frozenset({Presence.AWAY, Presence.RETURNING}),
+    Presence.AWAY: frozenset({Presence.RETURNING}),
+    Presence.RETURNING: frozenset({Presence.HERE, Presence.LEAVING}),
+}
+
+
+def move_presence(now: Presence, to: Presence) -> Presence:
+    """Return `to` if the table allows the move, else raise RuntimeError: a defect of the program."""
+    if to not in PRESENCE_MOVES[now]:
+        raise RuntimeError(f"presence: {now.value} -> {to.value}")
+    return to

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an application does when its VM leaves the host, and when it is back, as one event loop sees it.
+
+    agent -> application  {"v":1,"presence":"leaving","let_go":true,"hello":{...}}    also when the application connects meanwhile
+    application -> agent  {"v":1,"op":"let_go_of","id":N}                             then the share may be unmounted
+    agent -> application  {"v":1,"presence":"here","let_go":false,"hello":{...}}
+
+Transfers that are under way stop at a byte boundary and wait, and so does whoever asks `present` before he opens a file. Files that
+are held (`held_files.py`) need not be closed; others the application closes in its own `on_leave`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from guest_agent import held_files
+from guest_agent.offload_wire import Message
+
+log = logging.getLogger("streamlift.offload")
+
+Notice = Callable[[], Awaitable[None]]
+
+
+class Attendance:
+    """`answer` tells the agent that everything is let go of."""
+
+    def __init__(self, *, answer: Callable[[], None]) -> None:
+        self._answer = answer
+        self._here = asyncio.Event()
+        self._here.set()
+        self._prefixes: tuple[str, ...] = ()
+        self._notices: list[tuple[Notice | None, Notice | None]] = []
+        self._task: asyncio.Task[None] | None = None
+        self._returning: set[asyncio.Task[None]] = set()
+
+    @property
+    def away(self) -> bool:
+        """Whether nothing may be opened on the share now."""
+        return not self._here.is_set()
+
+    async def present(self) -> None:
+        """Until it may."""
+        while self.away:
+            await self._here.wait()
+
+    def notify(self, on_leave: Notice | None, on_return: Notice | None) -> None:
+        """Have both called from now on."""
+        self._notices.append((on_leave, on_return))
+
+    def hear(self, message: Message, prefixes: tuple[str, ...]) -> None:
+        """What the agent says; `prefixes`: where the shares are."""
+        if message["presence"] == "here":
+            self.come_back()
+            return
+        self._here.clear()
+        self._prefixes = prefixes or self._prefixes
+        if message["let_go"] and self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._let_go())
+
+    def come_back(self) -> None:
+        """The share is here, or nobody is left who could say so. Idempotent."""
+        if self._here.is_set():
+            return
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        held_files.take_up()
+        self._here.set()
+        for _, on_return in self._notices:
+            if on_return is not None:
+                task = asyncio.get_running_loop().create_task(_heed(on_return))
+                self._returning.add(task)
+                task.add_done_callback(self._returning.discard)
+
+    async def _let_go(self) -> None:
+        for on_leave, _ in self._notices:
+            if on_leave is not None:
+                await _heed(on_leave)
+        self.let_go()
+        self._task = None
+        self._answer()
+
+    def let_go(self) -> None:
+        """Of what is held; of what was held a moment too late, too."""
+        if self.away:
+            held_files.let_go(self._prefixes)
+
+
+async def _heed(notice: Notice) -> None:
+    """An application's mistake must not keep the VM here for ever without a word."""
+    try:
+        await notice()
+    except Exception:
+        log.exception("the application's notice failed")
