@@ -98,7 +98,7 @@ def test_a_small_cgroup_is_its_own_sinks_trouble(tmp_path: Path) -> None:
                 read_bytes(steady, (first + 50) * PIECE)
             assert all(received(sink) == list(range(PIECES)) for sink in steady)
             assert pressed(group) > 0, "it was a shortage"
-            assert sum(outcome(sink).sent.drops.total for sink in slow) > SLOW * PIECES // 2
+            assert all(outcome(sink).sent.drops.total for sink in slow), "each lost some"
             for sink in slow:
                 catch_up(sink)
             feed(source, PIECES, 10)
