@@ -8,6 +8,7 @@ Fifty clients fetch segments, each at its rate, while the VM moves to the other 
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 import tempfile
@@ -61,8 +62,8 @@ FULL, QUICK = Plan(5), Plan(1)
 def prepare(scene: Moving) -> None:
     """Start the second server in the guest."""
     scene.in_guest("; ".join(PREPARE))
-    address = f"{scene.address}:{SIDES['alone']}"
-    wait_for(lambda: scene.here.fetch(address, ".streamlift", check=False), seconds=60, what="the server without offload")
+    fetch = functools.partial(scene.here.fetch, scene.address, ".streamlift", port=SIDES["alone"], check=False)
+    wait_for(fetch, seconds=60, what="the server without offload")
 
 
 def measure(scene: Moving, side: str, repeat: int) -> dict[str, Any]:

@@ -93,9 +93,9 @@ class Product:
         """Until no connection is out."""
         wait_for(lambda: not self.ask("connections")["connections"], seconds=30, what="all connections home")
 
-    def fetch(self, address: str, path: str, *, check: bool = True) -> bytes:
+    def fetch(self, address: str, path: str, *, port: int = 80, check: bool = True) -> bytes:
         """A body as the client gets it, with curl."""
-        command = self.host.client.command("curl", "-gsSf", "--max-time", "60", f"http://{bracketed(address)}/{path}")
+        command = self.host.client.command("curl", "-gsSf", "--max-time", "60", f"http://{bracketed(address)}:{port}/{path}")
         return subprocess.run(command, capture_output=True, check=check).stdout
 
     def counters(self, address: str) -> dict[str, Any]:

@@ -170,11 +170,12 @@ def traffic(arena: Arena, chosen: random.Random) -> None:
 
 def configure(arena: Arena, chosen: random.Random) -> None:
     """An option that changes how datagrams leave; or another peer, or none."""
-    sock = arena.any(chosen).near
+    one = arena.any(chosen)
+    sock = one.near
     level, option, value = chosen.choice(OPTIONS)
     if chosen.random() < 0.8:
         sock.setsockopt(level, option, value)
-    else:
+    elif not one.stream:
         peer = bytes(16) if chosen.random() < 0.5 else struct.pack("=HH4s8x", socket.AF_INET, chosen.randrange(1 << 16), LOOPBACK)
         _libc.connect(sock.fileno(), peer, len(peer))  # AF_UNSPEC, which Python has no words for
 
