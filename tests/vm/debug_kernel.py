@@ -79,6 +79,10 @@ class DebugKernel(OtherKernel):
         """NAME.ko, built against the tree."""
         return build.module_against(source(), name)
 
+    def parameters(self) -> str:
+        """ACPI's interpreter is so slow here that it may give up the routes of interrupts, and a VM without them stands still."""
+        return f"{super().parameters()} pci=noacpi"
+
     def early(self, kernel: Kernel) -> list[Path]:
         """Nothing."""
         return []

@@ -97,12 +97,16 @@ class OtherKernel:
         """What it needs to mount its root."""
         return early_modules(kernel, also=("overlay",))
 
+    def parameters(self) -> str:
+        """Its command line."""
+        return "console=ttyS0 panic=-1 oops=panic random.trust_cpu=on"
+
     def _boot(self, kernel: Kernel, work: Path, timeout: float) -> None:
         shares = {"root": "/", "kernel": str(kernel.modules / "lib" / "modules"), "work": str(work)}
         argv = [QEMU, *self._processors(), "-cpu", "max", "-machine", "pc", "-m", str(MEMORY_MIB)]
         argv += ["-nodefaults", "-display", "none", "-no-reboot"]
         argv += ["-serial", f"file:{work}/console", "-kernel", str(kernel.image), "-initrd", str(work / "initrd")]
-        argv += ["-append", "console=ttyS0 panic=-1 oops=panic random.trust_cpu=on"]
+        argv += ["-append", self.parameters()]
         for tag, path in shares.items():
             access = "off" if tag == "work" else "on"
             argv += ["-fsdev", f"local,id={tag},path={path},security_model=none,multidevs=remap,readonly={access}"]
