@@ -18,6 +18,7 @@ from tests.client import make_content
 from tests.vm.conftest import Deploy
 from tests.vm.console import give_shell, open_shell
 from tests.vm.libvirt_host import LibvirtHost, wait_for
+from tests.vm.namespaces import give_addresses
 from tests.vm.product import Product
 from vm_images.build import Image, build
 
@@ -87,17 +88,11 @@ def bridge(libvirt_host: LibvirtHost) -> Iterator[str]:
         undo.callback(host.run, "ip", "link", "delete", "br0")
         host.run("ip", "link", "set", "client0", "master", "br0")
         host.run("ip", "link", "set", "br0", "up")
-        for address in ("192.0.2.1/24", "fd78:b::1/64"):
-            host.run("ip", "address", "add", address, "dev", "br0", *nodad(address))
+        give_addresses(host.namespaces, "br0", "192.0.2.1/24", "fd78:b::1/64")
         for address in client_addresses:
-            client.run("ip", "address", "add", address, "dev", "eth0", *nodad(address))
+            give_addresses(client, "eth0", address)
             undo.callback(client.run, "ip", "address", "delete", address, "dev", "eth0")
         yield "br0"
-
-
-def nodad(address: str) -> tuple[str, ...]:
-    """An IPv6 address of ours need not be probed for a second."""
-    return ("nodad",) if ":" in address else ()
 
 
 @pytest.mark.parametrize("extra", ["", TRANSPARENT], ids=["nat", "transparent"])
