@@ -185,7 +185,7 @@ async def _send_async(way: _OfSocket | _OfTransport, offset: int, count: int, on
             reply = done.heard(here(reason) if reason else await way.ask(link, offset + done.sent, left))
             if reply.outcome != "local":
                 return _conclude(reply, done)
-            if hold is not None and attendance.away:
+            if hold is not None and (reply.away or attendance.away):  # it may be back already
                 continue
             absences = hold.absences if hold is not None else 0
             done.here += await way.send(offset + done.sent, count - done.sent) if count > done.sent else 0
