@@ -35,7 +35,7 @@ class Product:
         environment = {"PYTHONPATH": PATHS, **faults}
         with self.log.open("ab") as log:
             self._process = self.host.start(*self._command("serve"), output=log, environment=environment)
-        wait_for(self._answers, seconds=10, what="the service")
+        wait_for(self._answers, seconds=30, what="the service")
 
     @property
     def control(self) -> Path:

@@ -49,7 +49,7 @@ def bare_metal(host: LibvirtHost, share: Path, log: Path) -> Iterator[dict[str, 
     with log.open("wb") as output:
         server = host.start(*argv, "--no-offload", output=output, environment={"PYTHONPATH": str(ROOT)})
     try:
-        wait_for(lambda: b"serving" in log.read_bytes(), seconds=20, what="the media server on bare metal")
+        wait_for(lambda: b"serving" in log.read_bytes(), seconds=60, what="the media server on bare metal")
         ports = (f"{ADDRESS}:{PLAIN_PORT}", f"{ADDRESS}:80", f"{HOST_ADDRESSES[0]}:{PLAIN_PORT}")
         yield dict(zip(NAMES, ports, strict=True))
     finally:

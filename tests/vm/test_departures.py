@@ -98,7 +98,7 @@ def test_save_and_restore(machine: Moving, tmp_path: Path) -> None:
             virsh(machine, "save", MACHINE, str(saved))
         machine.here.command("leave", MACHINE)
         virsh(machine, "save", MACHINE, str(saved))
-        wait_for(lambda: not machine.here.machine(), seconds=20, what="the service sees the VM go")
+        wait_for(lambda: not machine.here.machine(), seconds=60, what="the service sees the VM go")
         virsh(machine, "restore", str(saved))
         wait_here(machine)
         watchers.wait_out(machine.here)
@@ -137,7 +137,7 @@ def test_the_vm_ends(how: str, machine: Moving) -> None:
                 process = machine.here.host.run("cat", f"/run/libvirt/qemu/{MACHINE}.pid").strip()
                 machine.here.host.run("kill", f"-{signal.SIGKILL.value}", process)
             wait_for(lambda: not domain.isActive(), seconds=60, what="the VM has ended")
-            wait_for(lambda: not machine.here.machine(), seconds=20, what="the service sees the VM go")
+            wait_for(lambda: not machine.here.machine(), seconds=60, what="the service sees the VM go")
             assert not machine.here.ask("connections")["connections"]
             found = watchers.stop()
             domain.create()

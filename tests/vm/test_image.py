@@ -9,7 +9,6 @@ import os
 import shutil
 import socket
 import tarfile
-import time
 from pathlib import Path
 
 import libvirt
@@ -42,14 +41,12 @@ def test_boots_says_hello_and_serves_the_share(
     image = build(kernel)
     assert image.version.startswith(f"{kernel}.")
 
-    power_on = time.monotonic()
     deployed = deploy_machine(image)
     machine = read_machine(connection, connection.lookupByName(deployed.name))
     assert machine is not None
     assert machine.addresses == ("10.78.0.2", "fd78::2")
     assert machine.share == str(share)
     hello = first_bytes(libvirt_host.outside(machine.channel_path), seconds=PATIENCE)
-    took = time.monotonic() - power_on
     assert b'"hello"' in hello
     assert image.version.encode() in hello
 
@@ -111,7 +108,5 @@ def test_equal_inputs_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_cached_image_is_found_at_once() -> None:
     first = build()
     said: list[str] = []
-    started = time.monotonic()
     assert build(progress=said.append) == first
     assert said == []
-    assert time.monotonic() - started < 5

@@ -47,9 +47,9 @@ def test_one_download_through_five_migrations(two_hosts: TwoHosts, tmp_path: Pat
         with subprocess.Popen(two_hosts.fabric.client.command(*curl, url), stderr=subprocess.PIPE) as download:
             try:
                 for _ in range(5):
-                    wait_for(lambda: machine.here.machine()["connections_out"] == 1, seconds=20, what="the transfer is out")
+                    wait_for(lambda: machine.here.machine()["connections_out"] == 1, seconds=60, what="the transfer is out")
                     machine.move()
-                wait_for(lambda: machine.here.machine()["connections_out"] == 1, seconds=20, what="the transfer is out")
+                wait_for(lambda: machine.here.machine()["connections_out"] == 1, seconds=60, what="the transfer is out")
                 assert download.poll() is None, "it was over before the fifth migration"
                 _, words = download.communicate(timeout=200)
                 assert download.returncode == 0, words

@@ -127,7 +127,7 @@ def carry_bridged_traffic(product: Product, host: LibvirtHost) -> None:
     product.start()
     product.wait_ready("192.0.2.7")
     assert product.fetch("192.0.2.7", "1400000.bin") == (product.share / "1400000.bin").read_bytes()
-    wait_for(lambda: product.machine()["handed_back"] == 1, seconds=10, what="the transfer is home")
+    wait_for(lambda: product.machine()["handed_back"] == 1, seconds=30, what="the transfer is home")
 
 
 def test_attached_vm(
@@ -147,7 +147,7 @@ def test_attached_vm(
 
     download = Download(product, tmp_path, address="192.0.2.7")
     assert product.command(*command, "--address", "192.0.2.8") == "changed: addresses\n"
-    wait_for(lambda: "192.0.2.8" in product.machine()["addresses"], seconds=10, what="the address is known")
+    wait_for(lambda: "192.0.2.8" in product.machine()["addresses"], seconds=30, what="the address is known")
     assert product.machine()["connections_out"] == 1
     download.assert_complete()
     assert_offloaded(product, "192.0.2.7")
@@ -164,7 +164,7 @@ class Download:
         for path in self._paths:
             command += ["-o", str(path), f"http://{address}/{path.name}"]
         self.process = subprocess.Popen(product.host.client.command(*command), stderr=subprocess.DEVNULL)
-        wait_for(lambda: product.machine()["connections_out"], seconds=20, what="the transfer is out")
+        wait_for(lambda: product.machine()["connections_out"], seconds=60, what="the transfer is out")
 
     def assert_complete(self) -> None:
         """It got every byte."""
@@ -187,7 +187,7 @@ def assert_serves(product: Product) -> None:
     """A new transfer works and goes through the host."""
     before = product.machine()["handed_back"]
     assert product.fetch(ADDRESS4, "1400000.bin") == (product.share / "1400000.bin").read_bytes()
-    wait_for(lambda: product.machine()["handed_back"] == before + 1, seconds=10, what="the transfer is home")
+    wait_for(lambda: product.machine()["handed_back"] == before + 1, seconds=30, what="the transfer is home")
 
 
 def test_service_killed_and_started_again(product: Product, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_vm_destroyed_while_transfers_are_out(product: Product, tmp_path: Path, 
     downloads = [Download(product, tmp_path) for _ in range(3)]
     domain = connection.lookupByName("guest")
     domain.destroy()
-    wait_for(lambda: not product.machine(), seconds=10, what="the service sees the VM go")
+    wait_for(lambda: not product.machine(), seconds=30, what="the service sees the VM go")
     assert all(download.process.wait() for download in downloads)  # nobody is left who could answer the next request
     domain.create()
     product.wait_ready(ADDRESS4)
@@ -225,7 +225,7 @@ def test_agent_killed_while_a_transfer_is_out(product: Product, tmp_path: Path, 
     with open_shell(connection.lookupByName("guest")) as shell:
         download = Download(product, tmp_path, rate="6M")
         shell.write("systemctl kill --signal KILL streamlift-agent\n")
-        wait_for(lambda: product.log.read_text().count("answers") > hellos, seconds=20, what="the next agent's hello")
+        wait_for(lambda: product.log.read_text().count("answers") > hellos, seconds=60, what="the next agent's hello")
     assert product.machine()["connections_out"] == 1
     download.assert_complete()
     product.wait_ready(ADDRESS4)

@@ -97,7 +97,7 @@ def test_the_readme_takes_a_person_to_an_offloaded_transfer(
         for where, command in commands:
             said = follow(person, machine, where, command)
         assert hashlib.sha256(COPY.read_bytes()).digest() == hashlib.sha256((tmp_path / "film").read_bytes()).digest()
-        wait_for(lambda: "1 came home" in person.type(commands[-1][1]), seconds=20, what="the connection home")
+        wait_for(lambda: "1 came home" in person.type(commands[-1][1]), seconds=60, what="the connection home")
         assert "1 went out" in person.type(commands[-1][1])
         assert "! " not in said.split("connections", 1)[1], "something is still missing"
         if runs:
