@@ -28,9 +28,11 @@ def run(
     directory: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> str:
-    """Run a program to its end and return what it printed; `BuildError` if it fails or is not there."""
+    """Run a program to its end and return what it printed; `BuildError` if it fails or is not there. What our own Python is told
+    (PYTHONPATH, PYTHONPYCACHEPREFIX, ...) is not for an image's."""
     command = [str(argument) for argument in arguments]
-    variables = {**os.environ, "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": str(EPOCH), **(environment or {})}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    variables = {**ours, "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": str(EPOCH), **(environment or {})}
     try:
         result = subprocess.run(command, input=text, capture_output=True, text=True, cwd=directory, env=variables, check=False)
     except FileNotFoundError as error:
