@@ -23,20 +23,30 @@ from tests.numbered_stream import group_at
 INTERVAL = 0.04
 """Seconds of a group."""
 PATIENCE = 60.0
+GONE_LIMIT = 15.0
 
 
 def encoder(target: str, password: str) -> Callable[[bytes], None]:
-    """Connect as an encoder does; what sends."""
+    """Connect as an encoder does; what sends. Another encoder that has just gone may not be missed at once."""
+    until = time.monotonic() + GONE_LIMIT
+    while True:
+        sock, answer = _connect(target, password)
+        if b" 100 " in answer:
+            return sock.sendall
+        sock.close()
+        if b" 409 " not in answer or time.monotonic() > until:
+            raise ConnectionError(f"the live server said {answer!r}")
+        time.sleep(0.2)
+
+
+def _connect(target: str, password: str) -> tuple[socket.socket, bytes]:
     place, _, path = target.partition("/")
     host, _, port = place.rpartition(":")
     sock = socket.create_connection((host.strip("[]"), int(port)), PATIENCE)
     words = base64.b64encode(f"source:{password}".encode()).decode()
     fields = f"Authorization: Basic {words}\r\nContent-Type: video/mp2t\r\nExpect: 100-continue\r\n"
     sock.sendall(f"PUT /{path} HTTP/1.1\r\nHost: x\r\n{fields}\r\n".encode())
-    answer = sock.recv(4096)
-    if b" 100 " not in answer:
-        raise ConnectionError(f"the live server said {answer!r}")
-    return sock.sendall
+    return sock, sock.recv(4096)
 
 
 def feed(send: Callable[[bytes], object], over: threading.Event) -> None:
