@@ -68,11 +68,22 @@ def survived(machine: Moving, crowd: Crowd = CROWD, *, slow: int = 2) -> Iterato
 def test_cancelled(percent: int, machine: Moving) -> None:
     with survived(machine):
         source, process = machine.here, machine.begin(*SLOWLY)
-        with machine.domain() as domain:
+        with machine.domain() as domain, never_done(domain):
             wait_for(lambda: _copied(domain) >= percent, seconds=100, what=f"{percent} % are copied")
-        machine.cancel(process)
-        cancelled = machine.end(process)
+            machine.cancel(process)
+            cancelled = machine.end(process)
         assert (cancelled.status, machine.here) == (1, source), cancelled
+
+
+@contextlib.contextmanager
+def never_done(domain: libvirt.virDomain) -> Iterator[None]:
+    """A migration goes on and on: the VM may not stand still for long enough to end it."""
+    before = domain.migrateGetMaxDowntime()
+    domain.migrateSetMaxDowntime(1)
+    try:
+        yield
+    finally:
+        domain.migrateSetMaxDowntime(before)
 
 
 def _copied(domain: libvirt.virDomain) -> float:
