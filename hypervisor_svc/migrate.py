@@ -95,7 +95,7 @@ def migrate(domain: libvirt.virDomain, plan: Plan, *, on_step: OnStep = lambda s
         raise failure from None
     met = _meet(name, plan.destination_control, on_step) if plan.destination_control is not None else None
     total = round((time.monotonic() - begin) * 1000)
-    return {"step": "done", "moved": True, "leave": left, "downtime_ms": _downtime(domain), "total_ms": total, "meet": met}
+    return {"step": "done", "moved": True, "leave": left, "total_ms": total, "meet": met}
 
 
 def _cancelled(name: str, plan: Plan) -> MigrateError:
@@ -195,16 +195,6 @@ def _meet(name: str, control: str, on_step: OnStep) -> Step | None:
         return None
     on_step({"step": "meet", **met})
     return met
-
-
-def _downtime(domain: libvirt.virDomain) -> int | None:
-    """Milliseconds that the VM stood still, if libvirt still knows."""
-    try:
-        stats = domain.jobStats(libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED)
-    except libvirt.libvirtError:
-        return None
-    found = stats.get("downtime_net", stats.get("downtime"))
-    return int(found) if found is not None else None
 
 
 def explain(code: int, message: str, name: str, destination: str) -> tuple[str, str]:

@@ -58,8 +58,7 @@ def migrate(connection: Any, domain: str, plan: Plan, *, as_json: bool) -> None:
 
 
 def _summary(domain: str, done: Step) -> str:
-    downtime = f", it stood still for {done['downtime_ms']} ms" if done["downtime_ms"] is not None else ""
-    return f"{domain} has moved in {done['total_ms'] / 1000:.1f} s{downtime}"
+    return f"{domain} has moved in {done['total_ms'] / 1000:.1f} s"
 
 
 class _Shown:

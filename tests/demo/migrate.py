@@ -26,7 +26,7 @@ LADDER = "tablet"
 DOWNLOAD, DOWNLOAD_BYTES, DOWNLOAD_RATE = "film.bin", 64_000_000, "1500k"
 CROWD = Crowd(segments=8, rate=250_000)
 MOVES = 2
-HEADINGS = ("move", "connections\nthat came home", "drain\nms", "share let go\nms", "VM stood still\nms", "in all\nms")
+HEADINGS = ("move", "connections\nthat came home", "drain\nms", "share let go\nms", "in all\nms")
 PATIENCE = 180
 """Seconds for ffmpeg and curl to end, after the last move."""
 
@@ -66,8 +66,7 @@ class Found:
 
 def _cells(move: Move) -> list[str]:
     left = move.last.get("leave", {})
-    values = [left.get(key) for key in ("connections", "drain_ms", "share_ms")]
-    values += [move.last.get(key) for key in ("downtime_ms", "total_ms")]
+    values = [*(left.get(key) for key in ("connections", "drain_ms", "share_ms")), move.last.get("total_ms")]
     return ["-" if value is None else f"{value:,.0f}" for value in values]
 
 

@@ -93,7 +93,7 @@ def told(moved: Move) -> dict[str, Any]:
     """What the command said of it. Raises RuntimeError if the VM did not move."""
     if moved.status:
         raise RuntimeError(f"the VM did not move: {moved}")
-    return {key: moved.last.get(key) for key in ("leave", "downtime_ms", "total_ms", "meet")}
+    return {key: moved.last.get(key) for key in ("leave", "total_ms", "meet")}
 
 
 def rate(bins: dict[int, int], begin: float, end: float) -> float:
@@ -141,12 +141,12 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[Bar]:
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
     """Times, then bandwidth."""
-    columns = ("migration", "drain", "share", "stopped", "longest silence", "before", "during", "after", "missing")
+    columns = ("migration", "drain", "share", "longest silence", "before", "during", "after", "missing")
     table = Table("side", *columns, title="medians; ms, and Mbit/s of all clients together")
     for side in SIDES:
         own = [row for row in rows if row["side"] == side]
         times = [[1e3 * row["seconds"] for row in own], *([row["leave"][key] for row in own] for key in ("drain_ms", "share_ms"))]
-        times += [[row["downtime_ms"] for row in own if row["downtime_ms"] is not None], silences(rows, side)]
+        times.append(silences(rows, side))
         rates = [[row["mbit_per_second"][period] for row in own] for period in ("before", "during", "after")]
         cells = [f"{statistics.median(values):,.0f}" if values else "-" for values in (*times, *rates)]
         table.add_row(side, *cells, f"{loss(rows, side):.0f} %")

@@ -279,7 +279,7 @@ def test_a_dash_client_reads_what_we_and_ffmpeg_write() -> None:
 
 def _migration(side: str, silence: float, drain: float, faults: int) -> dict[str, Any]:
     rates = {"before": 100.0, "during": 72.0, "after": 100.0}
-    told = {"leave": {"drain_ms": drain, "share_ms": 50}, "downtime_ms": 80, "total_ms": 3000}
+    told = {"leave": {"drain_ms": drain, "share_ms": 50}, "total_ms": 3000}
     seen = {"silences_ms": [silence, 10.0], "faults": ["reset"] * faults, "timeline": [(-1.0, 100.0), (0.0, 72.0)]}
     return {"side": side, "repeat": 0, "seconds": 3.5, "mbit_per_second": rates, **told, **seen}
 
