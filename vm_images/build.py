@@ -21,7 +21,7 @@ from pathlib import Path
 from vm_images import kernel as kernels
 from vm_images import module as modules
 from vm_images import packages, root
-from vm_images.command import BuildError
+from vm_images.command import ENVIRONMENT, BuildError
 from vm_images.initramfs import write_initramfs
 
 Progress = Callable[[str], None]
@@ -122,7 +122,7 @@ def bare(*, also: Sequence[str] = (), progress: Progress = lambda line: None) ->
 
 def _base(cache: Path, *, also: Sequence[str], progress: Progress) -> Path:
     sources = packages.debian_sources()
-    name = key(*sources, *root.base_recipe(also))
+    name = key(*sources, *root.base_recipe(also), *map("=".join, ENVIRONMENT.items()))
     with layer(cache / f"base-{name}") as (directory, missing):
         if missing:
             progress("building the bare Debian with mmdebstrap (about 20 s)")

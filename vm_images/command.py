@@ -9,6 +9,9 @@ from pathlib import Path
 # Every time stamp in an image is this one (2024-01-01), so equal inputs give equal bytes.
 EPOCH = 1704067200
 
+# What programs are told. Bytecode that a package's own script leaves behind differs from time to time.
+ENVIRONMENT = {"LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": str(EPOCH), "PYTHONDONTWRITEBYTECODE": "1"}
+
 # Debian's package of a program that is not called like it.
 PACKAGE_OF = {"mke2fs": "e2fsprogs", "depmod": "kmod", "modprobe": "kmod", "qemu-img": "qemu-utils", "nft": "nftables"}
 
@@ -32,7 +35,7 @@ def run(
     (PYTHONPATH, PYTHONPYCACHEPREFIX, ...) is not for an image's."""
     command = [str(argument) for argument in arguments]
     ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    variables = {**ours, "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": str(EPOCH), **(environment or {})}
+    variables = {**ours, **ENVIRONMENT, **(environment or {})}
     try:
         result = subprocess.run(command, input=text, capture_output=True, text=True, cwd=directory, env=variables, check=False)
     except FileNotFoundError as error:
