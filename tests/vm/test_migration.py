@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.root]
 SMALL = Crowd(segments=6, lives=2, files=2)
 
 
-@pytest.fixture(scope="module", params=["routed", "bridged"])
+@pytest.fixture(scope="module", params=["routed", pytest.param("bridged", marks=pytest.mark.long)])
 def machine(request: pytest.FixtureRequest, two_hosts: TwoHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moving]:
     """A VM on the first of two hypervisors."""
     with moving(two_hosts, tmp_path_factory.mktemp(request.param), request.param) as scene:

@@ -9,8 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from tests.host_module.socket_offload import across
 from tests.vm.other_kernel import ROOT, OtherKernel
 from vm_images import build, module
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
 
 SERIES = ("6.1", "6.12")
 
@@ -44,37 +42,13 @@ def pytest_command(*arguments: str) -> str:
     return shlex.join([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb", "short", *arguments])
 
 
-def run_inside(series: str, output: Path, script: str, *, name: str = "socket_offload", timeout: float = 280) -> str:
+def run_inside(series: str, output: Path, script: str, *, name: str = "socket_offload", timeout: float = 580) -> str:
     """On that kernel with that module; what it printed. A kernel that complained fails."""
     status = OtherKernel(series, (name,)).run(["sh", "-c", f"set -e; {script}"], timeout=timeout, output=output)
     text = output.read_text()
     print("\n".join(line for line in text.splitlines() if not line.startswith(across.MARK)))
     assert status == 0
     return text
-
-
-class Boots:
-    """Runs on other kernels, two at a time: an emulated one keeps little more than one processor busy."""
-
-    def __init__(self, pool: ThreadPoolExecutor, folder: Path) -> None:
-        self._pool, self._folder = pool, folder
-        self._runs: dict[str, Future[str]] = {}
-
-    def on_each(self, request: pytest.FixtureRequest, series: str, run: Callable[[str, Path], str]) -> str:
-        """`run(series, output)`. The same test's run on the other kernel begins with it, if it is going to be asked for."""
-        test, chosen = request.node.originalname, {item.name for item in request.session.items}
-        for each in SERIES:
-            name = f"{test}[{each}]"
-            if name in chosen and name not in self._runs:
-                self._runs[name] = self._pool.submit(run, each, self._folder / name)
-        return self._runs[f"{test}[{series}]"].result()
-
-
-@pytest.fixture(scope="module")
-def boots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Boots]:
-    """`boots.on_each(request, series, run)`."""
-    with ThreadPoolExecutor(len(SERIES)) as pool:
-        yield Boots(pool, tmp_path_factory.mktemp("boots"))
 
 
 @pytest.mark.parametrize("name", ["socket_offload", "omss"])
@@ -114,37 +88,30 @@ def gifts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("series", SERIES)
-def test_socket_offload(series: str, gifts: Path, boots: Boots, request: pytest.FixtureRequest) -> None:
+def test_socket_offload(series: str, gifts: Path) -> None:
     """Half of the state matrix, the calls, what frozen means; beside them two minutes frozen; and connections for the other
     kernel."""
-
-    def run(series: str, output: Path) -> str:
-        script = f"""{pytest_command(TWO_MINUTES)} > /run/two_minutes 2>&1 & waiter=$!
-            STREAMLIFT_CELLS={CELLS[series]} {pytest_command(FOLDER, "--ignore", TWO_MINUTES)}
-            wait $waiter || {{ cat /run/two_minutes; exit 1; }}
-            tail -1 /run/two_minutes
-            {GIVE}"""
-        return run_inside(series, gifts / series, script)
-
-    text = boots.on_each(request, series, run)
+    script = f"""{pytest_command(TWO_MINUTES)} > /run/two_minutes 2>&1 & waiter=$!
+        STREAMLIFT_CELLS={CELLS[series]} {pytest_command(FOLDER, "--ignore", TWO_MINUTES)}
+        wait $waiter || {{ cat /run/two_minutes; exit 1; }}
+        tail -1 /run/two_minutes
+        {GIVE}"""
+    text = run_inside(series, gifts / series, script)
     suite, two_minutes = (int(count) for count in re.findall(r"(\d+) passed", text))
     assert suite >= 114, "half of the state matrix alone has as many"
     assert two_minutes == 1
 
 
 @pytest.mark.parametrize("series", SERIES)
-def test_omss(series: str, boots: Boots, request: pytest.FixtureRequest) -> None:
+def test_omss(series: str, tmp_path: Path) -> None:
     """Streams, ends, loads under traffic; a little nonsense; and live streams through the whole product."""
     suites = [f"tests/host_module/omss/test_{name}.py" for name in ("sessions", "ends")]
-
-    def run(series: str, output: Path) -> str:
-        script = f"""{pytest_command(*suites)}
-            {sys.executable} -m tests.host_module.omss.fuzz --minutes 0.1
-            STREAMLIFT_RELAY_ENGINE=omss {pytest_command("tests/namespaces/test_relay.py", "-k", RELAYED[series])}
-            rmmod omss"""
-        return run_inside(series, output, script, name="omss")
-
-    passed = [int(count) for count in re.findall(r"(\d+) passed", boots.on_each(request, series, run))]
+    script = f"""{pytest_command(*suites)}
+        {sys.executable} -m tests.host_module.omss.fuzz --minutes 0.1
+        STREAMLIFT_RELAY_ENGINE=omss {pytest_command("tests/namespaces/test_relay.py", "-k", RELAYED[series])}
+        rmmod omss"""
+    text = run_inside(series, tmp_path / "output", script, name="omss")
+    passed = [int(count) for count in re.findall(r"(\d+) passed", text)]
     assert passed[0] >= 40 and passed[1] == 2
 
 
@@ -170,21 +137,17 @@ def test_omss_for_five_minutes(series: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("series", SERIES)
-def test_end_to_end(series: str, gifts: Path, boots: Boots, request: pytest.FixtureRequest) -> None:
+def test_end_to_end(series: str, gifts: Path, tmp_path: Path) -> None:
     """The main job in namespaces: by the module on both sides, then by one backend on each. Then what the other kernel gave away
     goes on here, whichever backend gave it and takes it."""
-
-    def run(series: str, output: Path) -> str:
-        (other,) = set(SERIES) - {series}
-        if not (gifts / other).exists():
-            run_inside(other, gifts / other, GIVE)
-        script = f"""export STREAMLIFT_REQUESTS=150
-            STREAMLIFT_BACKENDS=socket_offload/socket_offload {pytest_command(END_TO_END, "-k", CHOSEN[series])}
-            STREAMLIFT_BACKENDS={CROSS[series]} {pytest_command(END_TO_END, "-k", EVERY_BYTE)}
-            {sys.executable} -m {ACROSS} take {gifts / other}"""
-        return run_inside(series, output, script)
-
-    text = boots.on_each(request, series, run)
+    (other,) = set(SERIES) - {series}
+    if not (gifts / other).exists():
+        run_inside(other, gifts / other, GIVE)
+    script = f"""export STREAMLIFT_REQUESTS=150
+        STREAMLIFT_BACKENDS=socket_offload/socket_offload {pytest_command(END_TO_END, "-k", CHOSEN[series])}
+        STREAMLIFT_BACKENDS={CROSS[series]} {pytest_command(END_TO_END, "-k", EVERY_BYTE)}
+        {sys.executable} -m {ACROSS} take {gifts / other}"""
+    text = run_inside(series, tmp_path / "output", script)
     assert "2 passed" in text and "1 passed" in text
     assert f"{sum(len(across.takers(state, data)) for _, _, state, data in across.CELLS)} connections went on" in text
 
