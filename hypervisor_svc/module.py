@@ -122,7 +122,7 @@ def _omss() -> dict[str, Any]:
         try:
             told = omss.hello(door)
         except OSError as error:
-            return {**found, "used": "user", "why": str(error)}
+            return {**found, "used": "user", "why": error.strerror or str(error)}
     return {**found, "loaded": True, "version": told.version, "used": "omss", "why": "the module is loaded"}
 
 

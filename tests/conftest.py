@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Without root only the pure tests run. With root nothing is skipped: a missing part is a failure."""
+"""Without root only the pure tests run. With root nothing is skipped: a missing part is a failure.
+
+`./run test` lets two workers (pytest-xdist) share the tests by group: what runs on other kernels, in VMs of its own, goes beside
+all the rest, whose tests use one network and one libvirt and so run one after the other."""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ settings.load_profile("streamlift")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs root for those who are not."""
+    """Put what named no group into one; skip what needs root for those who are not."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group("host"))
     if os.geteuid() == 0:
         return
     skip = pytest.mark.skip(reason="needs root: sudo ./run test")

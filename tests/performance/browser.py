@@ -37,7 +37,8 @@ def visit(path: Path) -> Visit:
     """Open a file. Raises TimeoutError, OSError."""
     out_read, out_write = os.pipe()
     in_read, in_write = os.pipe()
-    with tempfile.TemporaryDirectory() as profile:
+    # Its children write their profile for a moment after it has ended.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         flags = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}", *QUIET)
         # The browser reads commands from descriptor 3 and answers on 4. (bash: dash knows no numbers above 9.)
         shell = f'exec 3<&{out_read} 4>&{in_write}; exec "$@"'
