@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Without root only the pure tests run. With root nothing is skipped: a missing part is a failure.
 
-`./run test` lets two workers (pytest-xdist) share the tests: those of the modules, which run on other kernels in VMs of their own,
-go beside all the rest, which use one network and one libvirt and so run one after the other."""
+`./run test` lets two workers (pytest-xdist) share the tests by group: what runs on other kernels, in VMs of its own, goes beside
+all the rest, whose tests use one network and one libvirt and so run one after the other."""
 
 from __future__ import annotations
 
@@ -10,27 +10,16 @@ import os
 
 import pytest
 from hypothesis import settings
-from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
 
 settings.register_profile("streamlift", deadline=None)
 settings.load_profile("streamlift")
 
 
-class Beside(LoadScopeScheduling):  # type: ignore[misc]
-    """Which worker takes a test: all of a scope go to one."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        return "kernels" if nodeid.startswith("tests/vm/test_modules.py") else "host"
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Beside:
-    """With -n."""
-    return Beside(config, log)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs root for those who are not."""
+    """Put what named no group into one; skip what needs root for those who are not."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group("host"))
     if os.geteuid() == 0:
         return
     skip = pytest.mark.skip(reason="needs root: sudo ./run test")

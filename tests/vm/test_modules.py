@@ -17,7 +17,7 @@ from tests.host_module.socket_offload import across
 from tests.vm.other_kernel import ROOT, OtherKernel
 from vm_images import build, module
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(600), pytest.mark.xdist_group("kernels")]
 
 SERIES = ("6.1", "6.12")
 
