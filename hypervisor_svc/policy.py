@@ -215,8 +215,15 @@ def read_token(header: Header) -> str:
 
 
 def _path(value: object) -> str:
-    if type(value) is not str or not value or len(value.encode("utf-8", "surrogatepass")) > 4095 or "\0" in value:
-        raise GuestError(Reason.BAD_REQUEST, "path is not a file name of at most 4095 bytes")
+    refusal = GuestError(Reason.BAD_REQUEST, "path is not a file name of at most 4095 bytes")
+    if type(value) is not str or not value or "\0" in value:
+        raise refusal
+    try:
+        raw = os.fsencode(value)
+    except UnicodeEncodeError:
+        raise refusal from None
+    if len(raw) > 4095:
+        raise refusal
     return value
 
 

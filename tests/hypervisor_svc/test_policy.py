@@ -60,6 +60,7 @@ def test_a_good_request() -> None:
         {"path": "a\0"},
         {"path": "é" * 2048},
         {"path": "\ud800" * 4096},
+        {"path": "\ud800"},
         {"path": 1},
         {"inode": -1},
         {"offset": -1},
