@@ -32,6 +32,8 @@ from guest_agent.transfers import Transfers
 log = logging.getLogger("streamlift.agent")
 
 MAX_REQUEST = 1 << 16
+REQUESTS = 16
+"""Of one application, between two looks at everything else."""
 REPLY_BUFFER = 16 << 20
 """Bytes of replies that an application may leave unread: tens of thousands."""
 _TOKEN = re.compile(r"[0-9a-f]{32}")
@@ -377,20 +379,28 @@ class _Client:
                 self._door.gone(self)
 
     def _readable(self) -> None:
+        """Several at once: when a VM has arrived, all want to go out, and one that waits for its turn is silent."""
+        for _ in range(REQUESTS):
+            if self._connection.fileno() < 0 or not self._read_one():
+                return
+
+    def _read_one(self) -> bool:
+        """Whether there may be more."""
         try:
             data, ancillary, flags, _ = self._connection.recvmsg(MAX_REQUEST, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             self.close()
-            return
+            return False
         fds = _descriptors(ancillary)
         if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             for fd in fds:
                 os.close(fd)
             self.close()
-            return
+            return False
         self._door.request(self, data, fds)
+        return True
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
