@@ -91,7 +91,10 @@ def migrate(domain: libvirt.virDomain, plan: Plan, *, on_step: OnStep = lambda s
     begin, name = time.monotonic(), domain.name()
     if plan.destination_control is not None:
         on_step({"step": "expect", **_expect(name, plan.destination_control)})
-    hold = MigrationHold(domain, plan.bandwidth)
+    try:
+        hold = MigrationHold(domain, plan.bandwidth)
+    except libvirt.libvirtError as error:  # it does not run, for one
+        raise MigrateError(*explain(error.get_error_code(), str(error), name, plan.destination)) from None
     first = _leave(name, plan, only="share", process=os.getpid(), speed=hold.usual_speed)
     try:
         if first["presence"] == Presence.LOOSE.value:
