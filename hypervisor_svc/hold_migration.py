@@ -3,6 +3,8 @@
 
     begin     from the start the VM may stand still for a millisecond at most (virDomainMigrateSetMaxDowntime): too little for what
               remains, at any speed of a VM that works
+    brake     when little remains: empty pages go over in no time, so the end may be nearer than it seems. Clients are served
+              meanwhile, and lose nothing by it
     hold      when what remains would go over soon: next to nothing is copied (virDomainMigrateSetMaxSpeed), so in that millisecond
               not even one page would be, and QEMU stops no VM that has a page left to copy
     release   as it was: QEMU stops the VM, copies what remains and is done
@@ -13,6 +15,7 @@ begins as slowly as it is held, until the first limit is known."""
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import libvirt
@@ -21,8 +24,10 @@ HOLD_SPEED = 1
 """MiB a second: in DOWNTIME a quarter of a page."""
 DOWNTIME = 1
 """Milliseconds."""
-AHEAD = 0.2
-"""Seconds of copying before its end: QEMU is told in time."""
+BRAKE_AT, HOLD_AT = 1.5, 0.8
+"""Seconds of copying before its end, at the speed of each: QEMU is told in time."""
+BRAKED, BRAKED_LIMIT = 4, 2.0
+"""A braked migration copies so many times slower, for so many seconds at most: the VM may write as fast."""
 
 
 class MigrationHold:
@@ -39,6 +44,10 @@ class MigrationHold:
         """The migration goes on, at HOLD_SPEED."""
         self._domain.migrateSetMaxDowntime(DOWNTIME)
         self._domain.migrateSetMaxSpeed(self._speed)
+
+    def brake(self, stats: dict[str, Any]) -> None:
+        """See above; `stats` of virDomainGetJobStats."""
+        self._domain.migrateSetMaxSpeed(max(HOLD_SPEED, stats.get("memory_bps", 0) // BRAKED >> 20))
 
     def hold(self) -> None:
         """See above."""
@@ -60,6 +69,9 @@ def copies(stats: dict[str, Any]) -> bool:
     return bool(stats.get("data_total"))
 
 
-def nears_end(stats: dict[str, Any]) -> bool:
-    """Whether it is time to hold."""
-    return copies(stats) and bool(stats.get("data_remaining", 0) <= AHEAD * stats.get("memory_bps", 0))
+def seconds_left(stats: dict[str, Any]) -> float:
+    """Until what remains would be copied, at the speed of now."""
+    remaining, speed = stats.get("data_remaining", 0), stats.get("memory_bps", 0)
+    if not copies(stats) or (remaining and not speed):
+        return math.inf
+    return float(remaining / speed) if remaining else 0.0

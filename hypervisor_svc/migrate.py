@@ -28,8 +28,9 @@ import libvirt
 
 from guest_agent.handoff.presence import Presence
 from hypervisor_svc.control import ControlError, call
+from hypervisor_svc.domains import DEFAULT_URI, open_connection
 from hypervisor_svc.errors import as_typed
-from hypervisor_svc.hold_migration import HOLD_SPEED, MigrationHold, copies, nears_end
+from hypervisor_svc.hold_migration import BRAKE_AT, BRAKED_LIMIT, HOLD_AT, HOLD_SPEED, MigrationHold, copies, seconds_left
 from hypervisor_svc.leave import DEADLINE, Late, Left
 
 PROGRESS_INTERVAL = 0.1
@@ -52,10 +53,11 @@ class MigrateError(ControlError):
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Where to, and how. `control`: the source service's control socket, `destination_control` the other's, if it can be reached;
-    `migrate_uri`: where QEMU itself connects to; `bandwidth` in MiB/s (0: libvirt's default)."""
+    `source`: this host's libvirt; `migrate_uri`: where QEMU itself connects to; `bandwidth` in MiB/s (0: libvirt's default)."""
 
     destination: str
     control: str
+    source: str = DEFAULT_URI
     destination_control: str | None = None
     deadline: float = DEADLINE
     late: Late = Late.FINISH
@@ -194,14 +196,20 @@ class _Held:
         _watch(self._domain, job, self._on_step, until=copies)
         if job.over.is_set() or not self._tell(self._hold.begin):
             return False
-        _watch(self._domain, job, self._on_step, until=nears_end)
+        _watch(self._domain, job, self._on_step, until=self._brake)
+        limit = time.monotonic() + BRAKED_LIMIT
+        _watch(self._domain, job, self._on_step, until=lambda stats: seconds_left(stats) <= HOLD_AT or time.monotonic() > limit)
         return not job.over.is_set() and self._tell(self._hold.hold)
 
+    def _brake(self, stats: Step) -> bool:
+        """Whether it was time, and is done."""
+        return seconds_left(stats) <= BRAKE_AT and self._tell(self._hold.brake, stats)
+
     @staticmethod
-    def _tell(word: Callable[[], None]) -> bool:
+    def _tell(word: Callable[..., None], *given: Any) -> bool:
         """Whether libvirt did so: the migration may be over."""
         try:
-            word()
+            word(*given)
         except libvirt.libvirtError:
             return False
         return True
@@ -211,7 +219,9 @@ class _Job(threading.Thread):
     """libvirt's call, which lasts as long as the migration: a context manager, at whose end the VM has moved. Raises MigrateError.
     An exception in its block aborts the migration; if that comes too late, the VM has moved.
 
-    `over` is to be waited for: a `join` that Ctrl-C interrupts takes a thread that runs for one that has ended (Python 3.11)."""
+    It has a connection of its own: a short call beside one that lasts, on one connection, may wait for ever (seen with libvirt 9.0:
+    the server never had it). `over` is to be waited for: a `join` that Ctrl-C interrupts takes a thread that runs for one that has
+    ended (Python 3.11)."""
 
     def __init__(self, domain: libvirt.virDomain, plan: Plan) -> None:
         super().__init__(name="migrate", daemon=True)
@@ -237,7 +247,9 @@ class _Job(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._domain.migrateToURI3(self._plan.destination, self._plan.parameters(), self._flags)
+            with contextlib.closing(open_connection(self._plan.source)) as connection:
+                domain = connection.lookupByUUID(self._domain.UUID())
+                domain.migrateToURI3(self._plan.destination, self._plan.parameters(), self._flags)
         except libvirt.libvirtError as error:
             self.error = error
         finally:

@@ -3,21 +3,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from hypervisor_svc.hold_migration import copies, nears_end
+from hypervisor_svc.hold_migration import copies, seconds_left
 
 
 @pytest.mark.parametrize(
-    ("stats", "begun", "near"),
+    ("stats", "begun", "seconds"),
     [
-        ({}, False, False),
-        ({"data_total": 0, "data_remaining": 0, "memory_bps": 1 << 20}, False, False),
-        ({"data_total": 1 << 30, "data_remaining": 1 << 29}, True, False),
-        ({"data_total": 1 << 30, "data_remaining": 1 << 29, "memory_bps": 1 << 30}, True, False),
-        ({"data_total": 1 << 30, "data_remaining": 1 << 27, "memory_bps": 1 << 30}, True, True),
-        ({"data_total": 1 << 30, "data_remaining": 0}, True, True),
+        ({}, False, math.inf),
+        ({"data_total": 0, "data_remaining": 0, "memory_bps": 1 << 20}, False, math.inf),
+        ({"data_total": 1 << 30, "data_remaining": 1 << 29}, True, math.inf),
+        ({"data_total": 1 << 30, "data_remaining": 1 << 29, "memory_bps": 1 << 30}, True, 0.5),
+        ({"data_total": 1 << 30, "data_remaining": 0}, True, 0.0),
     ],
 )
-def test_when_it_is_held(stats: dict[str, int], begun: bool, near: bool) -> None:
-    assert (copies(stats), nears_end(stats)) == (begun, near)
+def test_how_near_the_end_is(stats: dict[str, int], begun: bool, seconds: float) -> None:
+    assert (copies(stats), seconds_left(stats)) == (begun, seconds)
