@@ -17,9 +17,10 @@ from guest_agent.applications import Applications
 from guest_agent.channel import Channel
 from guest_agent.handoff.backend import choose
 from guest_agent.handoff.hold import Hold
-from guest_agent.handoff.presence import Presence
+from guest_agent.handoff.presence import HANDING_OUT
 from guest_agent.handoff.wire import Established, Event, Message, Violation
 from guest_agent.leave import Departure
+from guest_agent.look import Looks
 from guest_agent.relays import Relays
 from guest_agent.share import find_shares
 from guest_agent.transfers import Transfers
@@ -44,7 +45,7 @@ class Settings:
 
 
 class Agent:
-    """Its parts: hold, channel, transfers, relays, applications, departure."""
+    """Its parts: hold, channel, transfers, relays, looks, applications, departure."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -60,6 +61,7 @@ class Agent:
             "backends": [self._backend.name],
             "kernel": platform.release(),
             "lossless_freeze": self._keep is not None,
+            "features": ["let_go"],
         }
         self._channel = Channel(settings.port, about, on_event=self._event, on_down=self._down)
         self._transfers = Transfers(
@@ -67,18 +69,20 @@ class Agent:
             keep=self._keep,
             send=self._channel.send,
             is_up=lambda: self._channel.up,
-            is_here=lambda: self._departure.presence is Presence.HERE,
+            is_here=lambda: self._departure.presence in HANDING_OUT,
         )
         self._relays = Relays(
             send=self._channel.send,
             is_up=lambda: self._channel.up,
-            is_here=lambda: self._departure.presence is Presence.HERE,
+            is_here=lambda: self._departure.presence in HANDING_OUT,
         )
+        self._looks = Looks(send=self._channel.send)
         self._host: dict[str, Any] = {}
         self._applications = Applications(
             settings.socket,
             self._transfers,
             self._relays,
+            self._looks,
             allowed=settings.allowed,
             hello=self._hello,
             status=self._status,
@@ -124,10 +128,14 @@ class Agent:
         kind = event.header["type"]
         if kind == "ping":
             self._channel.send({"type": "pong"})
+        elif kind == "let_go":
+            self._departure.let_go(event.header)
         elif kind == "leave":
             self._departure.leave(event.header)
         elif kind == "return":
             self._departure.come_back()
+        elif kind == "seen":
+            self._looks.message(event.header)
         elif kind.startswith("relay_"):
             self._relays.message(event.header, event.body)
         elif kind != "pong":
@@ -136,6 +144,7 @@ class Agent:
     def _down(self) -> None:
         log.warning("the host's service is away")
         self._transfers.host_down()
+        self._looks.host_down()
         self._departure.host_down()
 
     async def _all_home(self) -> None:
@@ -143,7 +152,8 @@ class Agent:
         await self._transfers.all_home()
 
     def _shares(self) -> tuple[str, ...]:
-        return self._settings.shares or find_shares()
+        """Those too that are only unmounted for a move."""
+        return self._settings.shares or tuple(dict.fromkeys((*find_shares(), *self._departure.unmounted)))
 
     def _hello(self) -> dict[str, Any]:
         return {

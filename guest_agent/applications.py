@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import grp
 import json
 import logging
@@ -22,7 +23,8 @@ from typing import Any
 from guest_agent.hand_out import Outcome, Transfer
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import HandoffError, NotMovable, Reason
-from guest_agent.handoff.presence import Presence
+from guest_agent.handoff.presence import HANDING_OUT, Presence
+from guest_agent.look import Looks
 from guest_agent.relays import RING_FIELDS, SINK_FIELDS, Relays, RelayTransfer
 from guest_agent.share import NO_FILE, SharedFile, locate
 from guest_agent.transfers import Transfers
@@ -30,6 +32,8 @@ from guest_agent.transfers import Transfers
 log = logging.getLogger("streamlift.agent")
 
 MAX_REQUEST = 1 << 16
+REQUESTS = 16
+"""Of one application, between two looks at everything else."""
 REPLY_BUFFER = 16 << 20
 """Bytes of replies that an application may leave unread: tens of thousands."""
 _TOKEN = re.compile(r"[0-9a-f]{32}")
@@ -46,6 +50,7 @@ class Applications:
         path: str,
         transfers: Transfers,
         relays: Relays,
+        looks: Looks,
         *,
         allowed: frozenset[str],
         hello: Callable[[], dict[str, Any]],
@@ -53,6 +58,7 @@ class Applications:
         shares: Callable[[], tuple[str, ...]],
     ) -> None:
         self._path, self._transfers, self._relays, self._allowed = path, transfers, relays, allowed
+        self._looks = looks
         self._hello, self._status, self._shares = hello, status, shares
         self._clients: set[_Client] = set()
         self._presence, self._let_go = Presence.HERE, False
@@ -93,7 +99,7 @@ class Applications:
                 connection.close()
                 return
             connection.send(json.dumps({"v": 1, "hello": self._hello()}).encode())
-            self._clients.add(_Client(connection, self, pid))
+            self._clients.add(_Client(connection, self, pid, root=uid == 0))
 
     # The guest leaves its host, and comes back. What applications do: `offload_move.py`.
 
@@ -102,17 +108,22 @@ class Applications:
         """Whether nothing goes out."""
         return self._presence is not Presence.HERE
 
-    def leaving(self, *, let_go: bool) -> None:
-        """Tell everybody; with `let_go`, those that attend are asked to let go of their files."""
-        self._presence, self._let_go = Presence.LEAVING, let_go
+    def leaving(self, by: Presence, *, let_go: bool) -> None:
+        """Tell everybody; with `let_go`, those that attend are asked to let go of their files. Who does not attend cannot be asked:
+        the host gives back what he has out."""
+        self._presence, self._let_go = by, let_go
         for client in list(self._clients):
             if client.attends:
                 self._tell(client)
+            else:
+                for token in client.transfers:
+                    self._transfers.recall(token)
 
     def here(self) -> None:
         """Everybody may go on."""
         self._presence = Presence.HERE
         self._asked.clear()
+        self._looks.clear()
         for client in list(self._clients):
             if client.attends:
                 self._tell(client)
@@ -127,10 +138,12 @@ class Applications:
             await asyncio.wait(waiting)
 
     def _tell(self, client: _Client) -> None:
-        asked = self._presence is Presence.LEAVING and self._let_go
+        asked = self.away and self._let_go
         if asked and client not in self._asked:
             self._asked[client] = self._loop.create_future()
-        client.send({"v": 1, "presence": self._presence.value, "let_go": asked, "hello": self._hello()})
+        word = Presence.LEAVING if self.away else Presence.HERE
+        look = self.away and self._presence in HANDING_OUT
+        client.send({"v": 1, "presence": word.value, "let_go": asked, "look": look, "hello": self._hello()})
 
     def _attend(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:
         client.attends = True
@@ -143,6 +156,18 @@ class Applications:
         answer = self._asked.get(client)
         if answer is not None and not answer.done():
             answer.set_result(None)
+
+    def _look(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:
+        """A file of the share by its path, while the share is not mounted; the answer may have a descriptor with it."""
+        number = request["id"]
+
+        def answer(error: int, fd: int | None = None) -> None:
+            client.send({"v": 1, "id": number, "looked": error}, *(() if fd is None else (fd,)))
+
+        if self.away and self._presence in HANDING_OUT:
+            self._looks.ask(request["path"], self._shares(), everything=client.root, answer=answer)
+        else:
+            answer(errno.EAGAIN)
 
     # Called by _Client.
 
@@ -169,10 +194,10 @@ class Applications:
             self._transfers.begin(client.adopt(self._transfer(client, request, fds)))
         elif operation == "reclaim":
             self._transfers.reclaim(client.adopt(self._reclaimed(client, request, fds)), age=_seconds(request["age"]))
-        elif operation in ("attend", "let_go_of") or operation in _RELAY_OPERATIONS:
+        elif operation in ("attend", "let_go_of", "look") or operation in _RELAY_OPERATIONS:
             getattr(self, f"_{operation}")(client, request, fds)
         else:
-            known = ("sendfile", "reclaim", "status", "attend", "let_go_of", *_RELAY_OPERATIONS)
+            known = ("sendfile", "reclaim", "status", "attend", "let_go_of", "look", *_RELAY_OPERATIONS)
             raise ValueError(f"op {operation!r} is none of {', '.join(known)}")
 
     # Relays. `offload_wire.py` has the words.
@@ -253,7 +278,9 @@ class Applications:
         offset, count = _number(request["offset"], 0), _number(request["count"], 1)
         if request.get("priority", "normal") not in _PRIORITIES:
             raise ValueError(f"priority is none of {_PRIORITIES}")
-        file = locate(fds[1], self._shares())
+        if self.away and not client.attends:
+            raise NotMovable(Reason.DRAINING, "this VM is leaving its host")
+        file = self._looks.find(fds[1]) or locate(fds[1], self._shares())
         return self._make(client, request, fds, file, offset, count)
 
     def _reclaimed(self, client: _Client, request: dict[str, Any], fds: list[int]) -> Transfer:
@@ -297,8 +324,8 @@ def _socket_of(fds: list[int]) -> socket.socket:
 class _Client:
     """One connection of an application."""
 
-    def __init__(self, connection: socket.socket, door: Applications, pid: int) -> None:
-        self._connection, self._door, self.pid = connection, door, pid
+    def __init__(self, connection: socket.socket, door: Applications, pid: int, *, root: bool) -> None:
+        self._connection, self._door, self.pid, self.root = connection, door, pid, root
         self.attends = False
         self.transfers: dict[str, Transfer] = {}
         self._loop = asyncio.get_running_loop()
@@ -332,10 +359,13 @@ class _Client:
         """What tells the asker of request `number` how it goes, and how it went."""
         return lambda note: self.send({"v": 1, "id": number, **note}), lambda outcome: self.answer(number, outcome)
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any], *fds: int) -> None:
         """One message; an application that does not read its replies loses its connection."""
         try:
-            self._connection.send(json.dumps(message).encode())
+            if fds:
+                socket.send_fds(self._connection, [json.dumps(message).encode()], list(fds))
+            else:
+                self._connection.send(json.dumps(message).encode())
         except OSError as error:
             log.warning("an application does not take its reply: %s", error)
             self._loop.call_soon(self.close)
@@ -349,20 +379,28 @@ class _Client:
                 self._door.gone(self)
 
     def _readable(self) -> None:
+        """Several at once: when a VM has arrived, all want to go out, and one that waits for its turn is silent."""
+        for _ in range(REQUESTS):
+            if self._connection.fileno() < 0 or not self._read_one():
+                return
+
+    def _read_one(self) -> bool:
+        """Whether there may be more."""
         try:
             data, ancillary, flags, _ = self._connection.recvmsg(MAX_REQUEST, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             self.close()
-            return
+            return False
         fds = _descriptors(ancillary)
         if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             for fd in fds:
                 os.close(fd)
             self.close()
-            return
+            return False
         self._door.request(self, data, fds)
+        return True
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

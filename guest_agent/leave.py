@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest leaves its host, and comes back: `handoff/presence.py` has the states.
 
-    leave        no connection goes out any more; the host sends home those that are out (`transfers.py`); applications let go of
-                 their files on the share (`applications.py`); then it is unmounted, and the VM may migrate or be saved
+    let_go       applications let go of their files on the share (`applications.py`); then it is unmounted. The host goes on
+                 serving, and takes more: it has the files (`look.py`)
+    leave        no connection goes out any more; the host sends home those that are out (`transfers.py`), and the share is
+                 unmounted if it is not yet: the VM may migrate or be saved
     come_back    the share is mounted again, applications are told, connections go out again
 
 An application whose file cannot be opened any more would fail, so nothing is unmounted before all have answered; and nobody is
@@ -21,7 +23,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 
 from guest_agent.applications import Applications
-from guest_agent.handoff.presence import Presence, move_presence
+from guest_agent.handoff.presence import PRESENCE_MOVES, Presence, move_presence
 from guest_agent.handoff.wire import Header
 from guest_agent.mounts import Mount, holders, mount_again, mounts_at, unmount
 
@@ -69,26 +71,39 @@ class Departure:
         """The record stays, if there is one."""
         self._cancel()
 
+    @property
+    def unmounted(self) -> tuple[str, ...]:
+        """Where shares are to be mounted again."""
+        return tuple(mount.target for mount in self._mounts)
+
+    def let_go(self, header: Header) -> None:
+        """The host asks for the share alone. Whatever goes wrong ends in coming back, with a message that says why."""
+        self._begin(header, Presence.LETTING_GO, Presence.LOOSE)
+
     def leave(self, header: Header) -> None:
-        """The host asks. Whatever goes wrong ends in coming back, with a message that says why."""
+        """The host asks for everything; also after `let_go`."""
+        self._begin(header, Presence.LEAVING, Presence.AWAY)
+
+    def _begin(self, header: Header, by: Presence, to: Presence) -> None:
         call = header.get("call")
         self._call = call if type(call) is int else 0
-        if self.presence in (Presence.LEAVING, Presence.AWAY):
+        if by not in PRESENCE_MOVES[self.presence]:
             self._say()
             return
         self._cancel()
         if self.presence is Presence.HERE:
             self._mounts = ()
-        self._go_to(Presence.LEAVING)
+        self._go_to(by)
         seconds = header.get("seconds")
         limit = float(seconds) if isinstance(seconds, int | float) and 0 < seconds <= 600 else LET_GO_LIMIT
         mounts = mounts_at(self._shares())
         # At once: the next message may end a relay, and its application must know that it only moves.
-        self._applications.leaving(let_go=bool(mounts))
-        self._task = self._loop.create_task(self._leave(limit, mounts))
+        self._applications.leaving(by, let_go=bool(mounts))
+        self._task = self._loop.create_task(self._go(to, limit, mounts))
 
-    async def _leave(self, limit: float, mounts: tuple[Mount, ...]) -> None:
-        await self._all_home()
+    async def _go(self, to: Presence, limit: float, mounts: tuple[Mount, ...]) -> None:
+        if to is Presence.AWAY:
+            await self._all_home()
         try:
             async with asyncio.timeout(limit):
                 await self._applications.all_let_go()
@@ -103,7 +118,7 @@ class Departure:
             self.come_back(f"the share {error.filename} cannot be unmounted: {error.strerror}")
             return
         self._task = None
-        self._go_to(Presence.AWAY)
+        self._go_to(to)
 
     async def _unmount(self, mount: Mount) -> None:
         self._mounts += (mount,)
@@ -158,7 +173,7 @@ class Departure:
         if self._alone is not None:
             self._alone.cancel()
             self._alone = None
-        if not same and self.presence in (Presence.LEAVING, Presence.AWAY):
+        if not same and self.presence not in (Presence.HERE, Presence.RETURNING):
             self.come_back("another service of the host answers")
         else:
             self._say()
@@ -170,7 +185,7 @@ class Departure:
 
     def _left_alone(self) -> None:
         self._alone = None
-        if self.presence in (Presence.LEAVING, Presence.AWAY):
+        if self.presence not in (Presence.HERE, Presence.RETURNING):
             self.come_back(f"no service of a host answered for {ALONE_LIMIT:g} s")
 
     def _go_to(self, to: Presence, message: str = "") -> None:

@@ -4,6 +4,7 @@
     from guest_agent import offload
     transfer = offload.sendfile(sock, file)                     # blocking sockets, any thread
     transfer = await offload.sendfile_async(writer, file)       # asyncio: non-blocking socket, transport, StreamWriter
+    file = await offload.open("/srv/share/film/1.m4s")          # also while the VM moves and has no share: offload_open.py
     relay = await offload.publish(source)                       # one source, many clients: offload_relay.py
     ring = offload.Ring(path, size=16 << 20)                    # a source in the share that is written over: ring.py
 
@@ -30,9 +31,11 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from guest_agent import local, offload_asyncio
-from guest_agent.held_files import HeldFile, held
+from guest_agent.held_files import HeldFile, held, size_of
 from guest_agent.offload_blocking import BlockingAgent
 from guest_agent.offload_move import Notice
+from guest_agent.offload_open import File, descriptor
+from guest_agent.offload_open import open_file as open
 from guest_agent.offload_relay import publish
 from guest_agent.offload_wire import Reply, agent_path, here, unsuitable
 from guest_agent.ring import Ring
@@ -40,11 +43,13 @@ from guest_agent.ring import Ring
 __all__ = [
     "ON_MOVE",
     "PRIORITIES",
+    "File",
     "Ring",
     "Transfer",
     "attend",
     "close",
     "hold",
+    "open",
     "present",
     "publish",
     "sendfile",
@@ -140,8 +145,8 @@ class _OfSocket:
     def unsuitable(self, count: int) -> str | None:
         return _unsuitable(self.sock, count)
 
-    async def ask(self, link: offload_asyncio.Link, offset: int, count: int) -> Reply:
-        return await link.request(self.sock, self.file.fileno(), offset, count, self.priority)
+    async def ask(self, link: offload_asyncio.Link, file: int, offset: int, count: int) -> Reply:
+        return await link.request(self.sock, file, offset, count, self.priority)
 
     async def send(self, offset: int, count: int) -> int:
         return await local.send_on_socket(self.sock, self.file, offset, count)
@@ -160,33 +165,35 @@ class _OfTransport:
             return "upper_layer_protocol"
         return _unsuitable(self.transport.get_extra_info("socket"), count)
 
-    async def ask(self, link: offload_asyncio.Link, offset: int, count: int) -> Reply:
+    async def ask(self, link: offload_asyncio.Link, file: int, offset: int, count: int) -> Reply:
         await local.drain(self.transport)
         resume = local.pause_reading(self.transport)
         sock = self.transport.get_extra_info("socket")
-        return await link.request(sock, self.file.fileno(), offset, count, self.priority, when_over=resume)
+        return await link.request(sock, file, offset, count, self.priority, when_over=resume)
 
     async def send(self, offset: int, count: int) -> int:
         return await local.send_on_transport(self.transport, self.file, offset, count)
 
 
 async def _send_async(way: _OfSocket | _OfTransport, offset: int, count: int, on_move: str) -> Transfer:
-    """By the host as far as it goes, from here as far as that goes; whenever the share leaves, from where that was."""
-    link, done = offload_asyncio.link(), _Done()
-    attendance = link.attendance
+    """By the host as far as it goes, from here as far as that goes, and whenever the share leaves, from where that was."""
+    link, done, refused = offload_asyncio.link(), _Done(), False
     with _held(way.file, on_move) as hold:
         while True:
-            if hold is not None:
-                attendance.let_go()
-                await attendance.present()
-                hold.check()
-            left = count - done.sent
-            reason = way.unsuitable(left) or await link.refusal(way.file.fileno(), left)
-            reply = done.heard(here(reason) if reason else await way.ask(link, offset + done.sent, left))
+            file = await descriptor(hold, refused=refused) if hold is not None else way.file.fileno()
+            start, left = offset + done.sent, count - done.sent
+            reason = way.unsuitable(left)
+            if reason is None and (hold is None or not hold.away):
+                reason = await link.refusal(file, left)
+            reply = done.heard(here(reason) if reason else await way.ask(link, file, start, left))
             if reply.outcome != "local":
                 return _conclude(reply, done)
-            if hold is not None and (reply.away or attendance.away):  # it may be back already
-                continue
+            if hold is not None:
+                link.attendance.let_go_of(hold)
+                refused = hold.away and (file == hold.stand_in or way.unsuitable(left) is not None)
+                if done.sent < count and (reply.away or hold.away):  # it may be back already
+                    continue
+                hold.check()
             absences = hold.absences if hold is not None else 0
             done.here += await way.send(offset + done.sent, count - done.sent) if count > done.sent else 0
             if done.sent == count or hold is None or hold.absences == absences:
@@ -273,7 +280,7 @@ def _bytes_to_send(file: IO[bytes], offset: int, count: int | None, priority: st
     facts = os.fstat(file.fileno())
     if not stat.S_ISREG(facts.st_mode):
         raise ValueError("only regular files can be sent")
-    available = max(facts.st_size - offset, 0)
+    available = max(size_of(file.fileno()) - offset, 0)
     return available if count is None else min(count, available)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from guest_agent.offload_move import Attendance
@@ -28,6 +31,7 @@ from guest_agent.offload_wire import (
     decode,
     encode_attend,
     encode_let_go_of,
+    encode_look,
     encode_reclaim,
     encode_sendfile,
     encode_status,
@@ -89,6 +93,7 @@ class Link:
         self._reclaiming: asyncio.Task[None] | None = None
         self._pending: dict[int, _Pending] = {}
         self._unsent: deque[int] = deque()
+        self._looks: dict[int, asyncio.Future[int]] = {}
         self._attending: asyncio.Task[None] | None = None
         self.attendance = Attendance(answer=lambda: self.tell(encode_let_go_of(next_number())))
 
@@ -148,6 +153,21 @@ class Link:
         except OSError:
             self._lose()
 
+    async def look(self, path: str) -> int:
+        """A descriptor that stands in for a file of the share that is away (`look.py`): the caller's to close. Raises OSError:
+        what the host says, or EAGAIN if it cannot be asked."""
+        number, seen = next_number(), self.loop.create_future()
+        if self._connection is None or not self.attendance.may_look:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
+        self._looks[number] = seen
+        self.tell(encode_look(number, path))
+        try:
+            return int(await seen)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from None
+        finally:
+            self._looks.pop(number, None)
+
     async def ready(self) -> str | None:
         """Why the agent cannot be asked anything now."""
         if self._hello is None:
@@ -203,6 +223,8 @@ class Link:
         """The agent went away: what it never got is sent from here, the rest is asked back from its next life."""
         self._disconnect()
         self._unsent.clear()
+        for seen in self._looks.values():
+            _refuse(seen, errno.EAGAIN)
         for number in [number for number, pending in self._pending.items() if not pending.asked]:
             self._end(number, here("no_agent"))
         if (self._pending or self.attendance.away) and self._reclaiming is None:
@@ -313,23 +335,36 @@ class Link:
         """Take every reply that is there."""
         while self._connection is not None:
             try:
-                decode(self._connection.recv(MAX_MESSAGE), self._message)
+                data, fds, _, _ = socket.recv_fds(self._connection, MAX_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
+                decode(data, partial(self._message, fds))
             except BlockingIOError:
                 return
             except OSError:
                 self._lose()
 
-    def _message(self, message: Message) -> None:
+    def _message(self, fds: list[int], message: Message) -> None:
         told = message.get("hello") or message.get("status")
         if "presence" in message:
             self.attendance.hear(message, read_hello(message["hello"]).prefixes)
         if told:
             self._hello = read_hello(told)
+        elif "looked" in message:
+            self._looked(message, fds)
         elif "taken" in message or "relay_status" in message:
             self._note(message)
         else:
             reply = read_reply(message)
             self._end(message["id"], reply)
+
+    def _looked(self, message: Message, fds: list[int]) -> None:
+        seen = self._looks.get(message["id"])
+        if seen is None or seen.done():
+            for fd in fds:
+                os.close(fd)
+        elif fds:
+            seen.set_result(fds[0])
+        else:
+            _refuse(seen, int(message["looked"]))
 
     def _note(self, message: Message) -> None:
         pending = self._pending.get(message["id"])
@@ -342,6 +377,11 @@ class Link:
         pending = self._pending.pop(number, None)
         if pending is not None:
             pending.end(outcome)
+
+
+def _refuse(seen: asyncio.Future[int], number: int) -> None:
+    if not seen.done():
+        seen.set_exception(OSError(number, os.strerror(number)))
 
 
 _links: dict[asyncio.AbstractEventLoop, Link] = {}

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an application does when its VM leaves the host, and when it is back, as one event loop sees it.
 
-    agent -> application  {"v":1,"presence":"leaving","let_go":true,"hello":{...}}    also when the application connects meanwhile
-    application -> agent  {"v":1,"op":"let_go_of","id":N}                             then the share may be unmounted
-    agent -> application  {"v":1,"presence":"here","let_go":false,"hello":{...}}
+    agent -> application  {"v":1,"presence":"leaving","let_go":true,"look":true,"hello":{...}}  also to one that connects meanwhile
+    application -> agent  {"v":1,"op":"let_go_of","id":N}                                       then the share may be unmounted
+    agent -> application  {"v":1,"presence":"leaving","let_go":false,"look":false,"hello":{...}}
+    agent -> application  {"v":1,"presence":"here","let_go":false,"look":false,"hello":{...}}
 
-Transfers that are under way stop at a byte boundary and wait, and so does whoever asks `present` before he opens a file. Files that
-are held (`held_files.py`) need not be closed; others the application closes in its own `on_leave`."""
+As long as `look` holds the host goes on with what it has, and takes more: it reads the files that this process cannot
+(`offload_open.py`). Other transfers stop at a byte boundary and wait, and so does whoever asks `present` before he opens a file.
+Files that are held (`held_files.py`) need not be closed; others the application closes in its own `on_leave`."""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from guest_agent import held_files
+from guest_agent.held_files import HeldFile
 from guest_agent.offload_wire import Message
 
 log = logging.getLogger("streamlift.offload")
@@ -23,12 +26,13 @@ Notice = Callable[[], Awaitable[None]]
 
 
 class Attendance:
-    """`answer` tells the agent that everything is let go of."""
+    """`answer` tells the agent that everything is let go of. `may_look`: the host can be asked for files meanwhile."""
 
     def __init__(self, *, answer: Callable[[], None]) -> None:
         self._answer = answer
         self._here = asyncio.Event()
         self._here.set()
+        self.may_look = False
         self._prefixes: tuple[str, ...] = ()
         self._notices: list[tuple[Notice | None, Notice | None]] = []
         self._task: asyncio.Task[None] | None = None
@@ -38,6 +42,10 @@ class Attendance:
     def away(self) -> bool:
         """Whether nothing may be opened on the share now."""
         return not self._here.is_set()
+
+    def misses(self, path: str) -> bool:
+        """Whether that one lies where nothing can be opened now."""
+        return self.away and path.startswith(self._prefixes)
 
     async def present(self) -> None:
         """Until it may."""
@@ -54,6 +62,7 @@ class Attendance:
             self.come_back()
             return
         self._here.clear()
+        self.may_look = message.get("look") is True
         self._prefixes = prefixes or self._prefixes
         if message["let_go"] and self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._let_go())
@@ -65,6 +74,7 @@ class Attendance:
         if self._task is not None:
             self._task.cancel()
             self._task = None
+        self.may_look = False
         held_files.take_up()
         self._here.set()
         for _, on_return in self._notices:
@@ -82,9 +92,14 @@ class Attendance:
         self._answer()
 
     def let_go(self) -> None:
-        """Of what is held; of what was held a moment too late, too."""
+        """Of what is held."""
         if self.away:
             held_files.let_go(self._prefixes)
+
+    def let_go_of(self, hold: HeldFile) -> None:
+        """Of one that was held a moment too late."""
+        if self.away:
+            held_files.let_go_of(hold, self._prefixes)
 
 
 async def _heed(notice: Notice) -> None:

@@ -8,7 +8,8 @@
     agent -> application  {"v":1,"id":7,"outcome":"offloaded"|"local"|"failed","sent":N,"reason":...,"message":"...",
                           "errno":...,"cursor":...,"away":...} or {"v":1,"id":9,"status":{...}}
 
-Of the VM that leaves its host and comes back: {"v":1,"op":"attend","id":8}; the rest is in `offload_move.py`.
+Of the VM that leaves its host and comes back: {"v":1,"op":"attend","id":8}; the rest is in `offload_move.py`, and of files
+that are asked for meanwhile in `look.py`.
 
 Of relays (all fields: `guest_agent/relays.py`):
 
@@ -151,6 +152,11 @@ def encode_attend(number: int) -> bytes:
 def encode_let_go_of(number: int) -> bytes:
     """Everything that was open on the share is let go of; goes alone."""
     return f'{{"v":1,"op":"let_go_of","id":{number}}}'.encode()
+
+
+def encode_look(number: int, path: str) -> bytes:
+    """What does the host know of the file at that path? Goes alone."""
+    return json.dumps({"v": 1, "op": "look", "id": number, "path": path}).encode()
 
 
 def encode_relay(operation: str, number: int, **fields: object) -> bytes:

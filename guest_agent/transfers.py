@@ -97,6 +97,11 @@ class Transfers:
         if token in self._by_token and self._is_up():
             self._send({"type": "relay_remove", "token": token}, b"")
 
+    def recall(self, token: str) -> None:
+        """The file of a transfer is wanted back."""
+        if token in self._by_token and self._is_up():
+            self._send({"type": "recall", "token": token}, b"")
+
     def application_gone(self, transfer: Transfer) -> None:
         """The process died or closed: the connection ends as the kernel would end it, at its present owner."""
         transfer.application_gone = True

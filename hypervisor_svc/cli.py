@@ -276,6 +276,7 @@ def migrate(
     plan = Plan(
         destination=destination,
         control=_config().control_socket,
+        source=_config().libvirt.uri,
         destination_control=destination_control,
         deadline=deadline,
         late=Late(_late(late)),

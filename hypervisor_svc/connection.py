@@ -83,6 +83,12 @@ class Guest:
         return str(backends[0]) if isinstance(backends, list) and backends else "tcp_repair"
 
     @property
+    def features(self) -> frozenset[str]:
+        """What its agent knows beyond the first release."""
+        features = self.hello.get("features")
+        return frozenset(filter(lambda one: isinstance(one, str), features)) if isinstance(features, list) else frozenset()
+
+    @property
     def level(self) -> int:
         """The VM's class (`schedule.py`)."""
         return PRIORITIES.index(self.machine.priority)

@@ -26,6 +26,7 @@ from hypervisor_svc.hand_back import HandBack
 from hypervisor_svc.handoff import Handoff
 from hypervisor_svc.held_packets import HeldPackets
 from hypervisor_svc.inject import Injector
+from hypervisor_svc.look import LookWords
 from hypervisor_svc.policy import (
     Job,
     RelayJob,
@@ -104,7 +105,7 @@ class Guests:
             on_gone=self._client_gone,
             on_lagged=self._lagged,
         )
-        self._relay_words = RelayWords(self.relays, go_home=self._finished)
+        self._words = (RelayWords(self.relays, go_home=self._finished), LookWords())
         self._homeward: deque[Connection] = deque()
         self._kept: set[Connection] = set()
         self._by_uuid: dict[str, Guest] = {}
@@ -249,8 +250,8 @@ class Guests:
 
     def _message(self, guest: Guest, event: Message) -> None:
         kind = event.header["type"]
-        found = getattr(self, f"_on_{kind}", None) or getattr(self._relay_words, f"on_{kind}", None)
-        handler: Callable[[Guest, Header, bytes], None] | None = found
+        found = (getattr(self, f"_on_{kind}", None), *(getattr(words, f"on_{kind}", None) for words in self._words))
+        handler: Callable[[Guest, Header, bytes], None] | None = next(filter(None, found), None)
         try:
             if handler is None:
                 raise GuestError(Reason.BAD_REQUEST, f"message type {kind!r:.40}")
@@ -384,6 +385,10 @@ class Guests:
         connection.ready = header.get("ready") is True
         if connection.waits_for_guest:
             self._finished(connection)
+
+    def _on_recall(self, guest: Guest, header: Header, body: bytes) -> None:
+        """Its application has to let go of the file, and cannot be asked as long as the transfer goes on."""
+        self.hand_back_all(guest, Reason.DRAINING, read_token(header))
 
     def _on_abort(self, guest: Guest, header: Header, body: bytes) -> None:
         connection = guest.connections.get(read_token(header))

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A VM leaves this host, and comes back: the host's half (`guest_agent/leave.py` is the other).
 
+    let_go       applications let go of their files, the agent unmounts the share; what is out stays out, and more is taken
     leave        announce; nothing more is taken; relays end where they stand, files at a byte boundary, and all connections go
-                 home; what is late is finished here, reset, or waited for; the agent unmounts the share and says that it is away
+                 home; what is late is finished here, reset, or waited for; the agent unmounts the share, if it has not yet, and
+                 says that it is away
     come_back    the agent mounts the share, and connections are handed out again
 
 Whatever goes wrong on the way, the VM comes back. The deadline counts from the last connection that came home: a guest that needs
@@ -11,9 +13,11 @@ long for many loses none."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -59,27 +63,46 @@ class Left:
     share_ms: float = 0.0
 
 
+async def let_go(guests: Guests, guest: Guest, *, deadline: float = DEADLINE, late: Late = Late.FINISH) -> dict[str, Any]:
+    """Until memory may be copied. Raises LeaveError; then it has come back. An agent of an earlier release leaves at once."""
+    if "let_go" not in guest.features:
+        return await leave(guests, guest, deadline=deadline, late=late)
+    left = Left(guest.machine.name, guest.presence.value, len(guest.connections))
+    if guest.presence not in (Presence.LOOSE, Presence.AWAY):
+        async with _or_back(guests, guest):
+            begin, instance = time.monotonic(), guest.hello.get("instance")
+            _call(guest, "let_go")
+            await _until(guest, Presence.LOOSE, instance)
+            left.presence, left.share_ms = Presence.LOOSE.value, _milliseconds(begin, time.monotonic())
+    return asdict(left)
+
+
 async def leave(guests: Guests, guest: Guest, *, deadline: float = DEADLINE, late: Late = Late.FINISH) -> dict[str, Any]:
     """Until the VM may go. Raises LeaveError; then it has come back."""
     left = Left(guest.machine.name)
-    if guest.presence is Presence.AWAY:
-        return asdict(left)
+    if guest.presence is not Presence.AWAY:
+        async with _or_back(guests, guest):
+            await _leave(guests, guest, left, deadline, late)
+    return asdict(left)
+
+
+@contextlib.asynccontextmanager
+async def _or_back(guests: Guests, guest: Guest) -> AsyncIterator[None]:
+    """If the block fails, the VM comes back."""
     if guest.channel is None or guest.channel.state != "hello":
         raise LeaveError(f"the agent in {guest.machine.name} does not answer", "in the guest: systemctl status streamlift-agent")
     try:
-        await _leave(guests, guest, left, deadline, late)
+        yield
     except BaseException:
         guests.take_again(guest)
         guest.send({"type": "return"})
         raise
-    return asdict(left)
 
 
 async def _leave(guests: Guests, guest: Guest, left: Left, deadline: float, late: Late) -> None:
     begin, instance = time.monotonic(), guest.hello.get("instance")
     guest.draining = True
-    guest.call, guest.answers = guest.call + 1, False
-    guest.send({"type": "leave", "call": guest.call, "seconds": LET_GO_LIMIT})
+    _call(guest, "leave")
     left.connections = len(guest.connections)
     before = guest.counters.copy()
     guests.call_home(guest)
@@ -87,8 +110,13 @@ async def _leave(guests: Guests, guest: Guest, left: Left, deadline: float, late
     left.home = guest.counters["handed_back"] - before["handed_back"]
     drained = time.monotonic()
     left.drain_ms = _milliseconds(begin, drained)
-    await _until_away(guest, instance)
+    await _until(guest, Presence.AWAY, instance)
     left.share_ms = _milliseconds(drained, time.monotonic())
+
+
+def _call(guest: Guest, word: str) -> None:
+    guest.call, guest.answers = guest.call + 1, False
+    guest.send({"type": word, "call": guest.call, "seconds": LET_GO_LIMIT})
 
 
 async def _drain(guests: Guests, guest: Guest, left: Left, instance: object, deadline: float, late: Late) -> None:
@@ -115,11 +143,12 @@ def _too_late(guests: Guests, connection: Connection, late: Late) -> Late:
     return Late.RESET
 
 
-async def _until_away(guest: Guest, instance: object) -> None:
+async def _until(guest: Guest, wanted: Presence, instance: object) -> None:
     until = time.monotonic() + LET_GO_LIMIT + ANSWER_LIMIT
-    while not (guest.answers and guest.presence is Presence.AWAY):
+    while not (guest.answers and guest.presence is wanted):
         if not await guest.news(max(0.0, until - time.monotonic())):
-            raise LeaveError(f"the agent in {guest.machine.name} does not say that it is away", "see its log in the guest")
+            message = f"the agent in {guest.machine.name} does not say that it is {wanted.value}"
+            raise LeaveError(message, "see its log in the guest")
         _check(guest, instance)
 
 
@@ -144,27 +173,29 @@ async def come_back(guests: Guests, guest: Guest, *, seconds: float = RETURN_LIM
     return {**await meet(guest, seconds=seconds), "ms": _milliseconds(begin, time.monotonic())}
 
 
-def while_runs(guests: Guests, guest: Guest, process: int) -> None:
-    """The VM comes back when the process that asked for its leaving has ended, unless it has moved by then. A migration that goes
-    on without it is in no danger: QEMU refuses the mount meanwhile, and the guest tries again."""
-    loop = asyncio.get_running_loop()
+async def while_runs(guests: Guests, guest: Guest, process: int, *, give_up: Callable[[], Awaitable[None]]) -> None:
+    """The VM comes back when the process that asked for its leaving has ended, unless it has moved by then. Before that its
+    migration, if there is one, is given up: it is held, perhaps, by a process that cannot let it go on any more."""
+    await _end_of(process)
+    if not guest.gone and guest.presence is not Presence.HERE:
+        await give_up()
+    if not guest.gone and guest.presence is not Presence.HERE:
+        guests.take_again(guest)
+        guest.send({"type": "return"})
+
+
+async def _end_of(process: int) -> None:
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
     try:
         watched = os.pidfd_open(process)
     except ProcessLookupError:
-        watched = -1
-
-    def ended() -> None:
-        if watched >= 0:
-            loop.remove_reader(watched)
-            os.close(watched)
-        if not guest.gone and guest.presence is Presence.AWAY:
-            guests.take_again(guest)
-            guest.send({"type": "return"})
-
-    if watched >= 0:
-        loop.add_reader(watched, ended)
-    else:
-        ended()
+        return
+    loop.add_reader(watched, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(watched)
+        os.close(watched)
 
 
 async def meet(guest: Guest, *, seconds: float) -> dict[str, Any]:

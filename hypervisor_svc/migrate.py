@@ -2,9 +2,13 @@
 """A live migration, in its order. It runs in the process of whoever asks for it, and talks to both services and to libvirt::
 
     expect     the destination's service, if it can be reached from here, is alive and looks for the VM
-    leave      the source's service brings everything home; the guest unmounts its share (`leave.py`)
-    precopy    libvirt migrates, live, peer to peer (virDomainMigrateToURI3); the source's libvirtd speaks with the destination's
+    let_go     the guest unmounts its share (`leave.py`), which QEMU wants; the source's service goes on serving
+    precopy    libvirt migrates, live, peer to peer (virDomainMigrateToURI3); the source's libvirtd speaks with the destination's.
+               QEMU is held (`hold_migration.py`) as soon as it would stop the VM
+    leave      the source's service brings everything home; then QEMU may
     meet       the guest's agent meets the destination's service, mounts the share, and what was left is handed out there
+
+A VM whose agent cannot let go without leaving leaves first; one whose migration cannot be held leaves as soon as that is known.
 
 Cancelled or failed at any of them, the VM runs on the source and works with its host again. `return` is safe even if libvirt has
 not given up yet: QEMU refuses the mount as long as it migrates, and the guest tries again."""
@@ -16,16 +20,22 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from types import TracebackType
 from typing import Any
 
 import libvirt
 
+from guest_agent.handoff.presence import Presence
 from hypervisor_svc.control import ControlError, call
+from hypervisor_svc.domains import DEFAULT_URI, open_connection
 from hypervisor_svc.errors import as_typed
-from hypervisor_svc.leave import DEADLINE, Late
+from hypervisor_svc.hold_migration import BRAKE_AT, BRAKED_LIMIT, HOLD_AT, HOLD_SPEED, MigrationHold, copies, seconds_left
+from hypervisor_svc.leave import DEADLINE, Late, Left
 
 PROGRESS_INTERVAL = 0.1
+LOOK_INTERVAL = 0.025
+"""Seconds between two looks at how much is left to copy."""
 MEET_SECONDS = 30.0
 LEAVE_PATIENCE = 3600.0
 """Seconds that a leave may take: with `Late.WAIT` as long as the slowest client takes."""
@@ -43,10 +53,11 @@ class MigrateError(ControlError):
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Where to, and how. `control`: the source service's control socket, `destination_control` the other's, if it can be reached;
-    `migrate_uri`: where QEMU itself connects to; `bandwidth` in MiB/s (0: libvirt's default)."""
+    `source`: this host's libvirt; `migrate_uri`: where QEMU itself connects to; `bandwidth` in MiB/s (0: libvirt's default)."""
 
     destination: str
     control: str
+    source: str = DEFAULT_URI
     destination_control: str | None = None
     deadline: float = DEADLINE
     late: Late = Late.FINISH
@@ -82,11 +93,21 @@ def migrate(domain: libvirt.virDomain, plan: Plan, *, on_step: OnStep = lambda s
     begin, name = time.monotonic(), domain.name()
     if plan.destination_control is not None:
         on_step({"step": "expect", **_expect(name, plan.destination_control)})
-    left = _leave(name, plan)
     try:
-        on_step({"step": "leave", **left})
-        _precopy(domain, plan, on_step)
+        hold = MigrationHold(domain, plan.bandwidth)
+    except libvirt.libvirtError as error:  # it does not run, for one
+        raise MigrateError(*explain(error.get_error_code(), str(error), name, plan.destination)) from None
+    first = _leave(name, plan, only="share", process=os.getpid(), speed=hold.usual_speed)
+    try:
+        if first["presence"] == Presence.LOOSE.value:
+            on_step({"step": "let_go", **first})
+            left = _Held(domain, plan, hold, on_step).move()
+        else:
+            left = {**first, "held": False}
+            on_step({"step": "leave", **left})
+            _precopy(domain, plan, on_step)
     except BaseException as error:
+        hold.forget()
         returned = _return(name, plan)
         if not isinstance(error, MigrateError | KeyboardInterrupt):
             raise
@@ -95,7 +116,7 @@ def migrate(domain: libvirt.virDomain, plan: Plan, *, on_step: OnStep = lambda s
         raise failure from None
     met = _meet(name, plan.destination_control, on_step) if plan.destination_control is not None else None
     total = round((time.monotonic() - begin) * 1000)
-    return {"step": "done", "moved": True, "leave": left, "total_ms": total, "meet": met}
+    return {"step": "done", "moved": True, "let_go": first, "leave": left, "total_ms": total, "meet": met}
 
 
 def _cancelled(name: str, plan: Plan) -> MigrateError:
@@ -112,17 +133,10 @@ def _expect(name: str, control: str) -> Step:
         ) from None
 
 
-def _leave(name: str, plan: Plan) -> Step:
+def _leave(name: str, plan: Plan, **more: Any) -> Step:
+    late = plan.late.value
     try:
-        return call(
-            plan.control,
-            "leave",
-            patience=LEAVE_PATIENCE,
-            machine=name,
-            deadline=plan.deadline,
-            late=plan.late.value,
-            process=os.getpid(),
-        )
+        return call(plan.control, "leave", patience=LEAVE_PATIENCE, machine=name, deadline=plan.deadline, late=late, **more)
     except ControlError as error:
         raise MigrateError(str(error), error.hint) from None
     except KeyboardInterrupt:
@@ -141,26 +155,73 @@ def _return(name: str, plan: Plan) -> bool:
 
 
 def _precopy(domain: libvirt.virDomain, plan: Plan, on_step: OnStep) -> None:
-    """Raises MigrateError. An exception of `on_step` aborts libvirt's job; if that comes too late, the VM has moved."""
-    job = _Job(domain, plan)
-    job.start()
-    try:
-        while not job.over.wait(PROGRESS_INTERVAL):
-            with contextlib.suppress(libvirt.libvirtError):
-                on_step({"step": "precopy", **_progress(domain.jobStats())})
-    except BaseException:
+    """All of it. Raises MigrateError."""
+    with _Job(domain, plan) as job:
+        _watch(domain, job, on_step)
+
+
+def _watch(domain: libvirt.virDomain, job: _Job, on_step: OnStep, *, until: Callable[[Step], bool] = lambda stats: False) -> None:
+    """To the job's end, or until something is true of its statistics. Its progress is told."""
+    told = 0.0
+    while not job.over.wait(LOOK_INTERVAL):
         with contextlib.suppress(libvirt.libvirtError):
-            domain.abortJob()
-        job.over.wait()
-        if job.error is not None:
-            raise
-    if job.error is not None:
-        raise MigrateError(*explain(job.error.get_error_code(), str(job.error), domain.name(), plan.destination))
+            stats = domain.jobStats()
+            if time.monotonic() - told >= PROGRESS_INTERVAL:
+                told = time.monotonic()
+                on_step({"step": "precopy", **_progress(stats)})
+            if until(stats):
+                return
+
+
+class _Held:
+    """A migration during which the source goes on serving until QEMU is held."""
+
+    def __init__(self, domain: libvirt.virDomain, plan: Plan, hold: MigrationHold, on_step: OnStep) -> None:
+        self._domain, self._plan, self._hold, self._on_step = domain, plan, hold, on_step
+
+    def move(self) -> Step:
+        """How it left. Raises MigrateError."""
+        left = {**asdict(Left(self._domain.name())), "held": False}
+        with _Job(self._domain, replace(self._plan, bandwidth=HOLD_SPEED)) as job:
+            held = self._copy(job)
+            if not job.over.is_set():
+                left = {**_leave(self._domain.name(), self._plan), "held": held}
+                self._on_step({"step": "leave", **left})
+                self._tell(self._hold.release)
+                _watch(self._domain, job, self._on_step)
+        return left
+
+    def _copy(self, job: _Job) -> bool:
+        """Until everything has to come home; whether QEMU is held meanwhile. If the VM was quicker, what was out is lost."""
+        _watch(self._domain, job, self._on_step, until=copies)
+        if job.over.is_set() or not self._tell(self._hold.begin):
+            return False
+        _watch(self._domain, job, self._on_step, until=self._brake)
+        limit = time.monotonic() + BRAKED_LIMIT
+        _watch(self._domain, job, self._on_step, until=lambda stats: seconds_left(stats) <= HOLD_AT or time.monotonic() > limit)
+        return not job.over.is_set() and self._tell(self._hold.hold)
+
+    def _brake(self, stats: Step) -> bool:
+        """Whether it was time, and is done."""
+        return seconds_left(stats) <= BRAKE_AT and self._tell(self._hold.brake, stats)
+
+    @staticmethod
+    def _tell(word: Callable[..., None], *given: Any) -> bool:
+        """Whether libvirt did so: the migration may be over."""
+        try:
+            word(*given)
+        except libvirt.libvirtError:
+            return False
+        return True
 
 
 class _Job(threading.Thread):
-    """libvirt's call, which lasts as long as the migration. `over` is to be waited for: a `join` that Ctrl-C interrupts takes a
-    thread that runs for one that has ended (Python 3.11)."""
+    """libvirt's call, which lasts as long as the migration: a context manager, at whose end the VM has moved. Raises MigrateError.
+    An exception in its block aborts the migration; if that comes too late, the VM has moved.
+
+    It has a connection of its own: a short call beside one that lasts, on one connection, may wait for ever (seen with libvirt 9.0:
+    the server never had it). `over` is to be waited for: a `join` that Ctrl-C interrupts takes a thread that runs for one that has
+    ended (Python 3.11)."""
 
     def __init__(self, domain: libvirt.virDomain, plan: Plan) -> None:
         super().__init__(name="migrate", daemon=True)
@@ -169,9 +230,26 @@ class _Job(threading.Thread):
         self.error: libvirt.libvirtError | None = None
         self.over = threading.Event()
 
+    def __enter__(self) -> _Job:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if kind is None:
+            if self.error is not None:
+                code, message = self.error.get_error_code(), str(self.error)
+                raise MigrateError(*explain(code, message, self._domain.name(), self._plan.destination))
+            return False
+        with contextlib.suppress(libvirt.libvirtError):
+            self._domain.abortJob()
+        self.over.wait()
+        return self.error is None
+
     def run(self) -> None:
         try:
-            self._domain.migrateToURI3(self._plan.destination, self._plan.parameters(), self._flags)
+            with contextlib.closing(open_connection(self._plan.source)) as connection:
+                domain = connection.lookupByUUID(self._domain.UUID())
+                domain.migrateToURI3(self._plan.destination, self._plan.parameters(), self._flags)
         except libvirt.libvirtError as error:
             self.error = error
         finally:

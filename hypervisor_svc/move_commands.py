@@ -72,7 +72,7 @@ class _Shown:
 
     def __enter__(self) -> _Shown:
         self._progress.start()
-        self._progress.console.print(f"{self._domain}: leaving")
+        self._progress.console.print(f"{self._domain}: letting go of its share")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,7 +80,9 @@ class _Shown:
 
     def step(self, step: Step) -> None:
         """One of `migrate.py`'s."""
-        if step["step"] == "leave":
+        if step["step"] == "let_go":
+            self._progress.console.print(f"{self._domain}: the share was unmounted after {step['share_ms']:g} ms; all goes on")
+        elif step["step"] == "leave":
             self._progress.console.print(f"{self._domain}: {_told(step)}")
         elif step["step"] == "precopy":
             self._copy(step)

@@ -27,18 +27,16 @@ _SINK_FIELDS = frozenset({"priority", "join", "on_lag", "lag_soft", "lag_hard_ms
 _RELAY_JOIN_FIELDS = frozenset({"type", "token", "relay", "role", "snapshot"}) | _SINK_FIELDS
 _RELAY_UDP_FIELDS = frozenset({"type", "token", "relay", "local", "peer"}) | _SINK_FIELDS
 _RING_FIELDS = ("ring_entries", "entry_bytes", "budget_ms", "max_sinks")
+_LOOK_FIELDS = frozenset({"type", "token", "path"})
 _RELAY_OPEN_FIELDS = frozenset(
     {"type", "token", "source", "path", "inode", "offset", "port", "framing", "first", "rest", *_RING_FIELDS}
 )
 
 _SYS_OPENAT2 = 437
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x02, 0x04, 0x08
-_HOW = struct.pack(
-    "=QQQ",
-    os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY,
-    0,
-    _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS,
-)
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_NAME = os.O_PATH | os.O_CLOEXEC
+_RESOLVE = _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -206,6 +204,12 @@ def read_job(header: Header, body: bytes) -> Job:
     return job
 
 
+def read_look(header: Header) -> str:
+    """Check the form of a `look` message; the path. Raises GuestError."""
+    _exactly(header, _LOOK_FIELDS)
+    return _path(header["path"])
+
+
 def read_token(header: Header) -> str:
     """The transfer's identity, 32 hexadecimal digits. Raises GuestError."""
     token = header.get("token")
@@ -215,8 +219,15 @@ def read_token(header: Header) -> str:
 
 
 def _path(value: object) -> str:
-    if type(value) is not str or not value or len(value.encode("utf-8", "surrogatepass")) > 4095 or "\0" in value:
-        raise GuestError(Reason.BAD_REQUEST, "path is not a file name of at most 4095 bytes")
+    refusal = GuestError(Reason.BAD_REQUEST, "path is not a file name of at most 4095 bytes")
+    if type(value) is not str or not value or "\0" in value:
+        raise refusal
+    try:
+        raw = os.fsencode(value)
+    except UnicodeEncodeError:
+        raise refusal from None
+    if len(raw) > 4095:
+        raise refusal
     return value
 
 
@@ -254,7 +265,7 @@ def open_file(share: str, job: Job | RelayPlan) -> int:
     """Open the job's file beneath `share` for reading, without following any symbolic link (openat2(2)).
 
     Raises GuestError: OUTSIDE_SHARE, NO_SUCH_FILE, NOT_A_REGULAR_FILE, FILE_CHANGED; HostError for what is ours."""
-    fd = _open_beneath(share, job.path)
+    fd = _open_beneath(share, job.path, _READ)
     try:
         _check_file(os.fstat(fd), job)
     except BaseException:
@@ -263,10 +274,41 @@ def open_file(share: str, job: Job | RelayPlan) -> int:
     return fd
 
 
-def _open_beneath(share: str, path: str) -> int:
-    root = os.open(share, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+@dataclass(frozen=True)
+class Seen:
+    """What a file of the share is. `public`: everybody may read it, by the permissions of it and of all folders above it."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+    public: bool
+
+
+def look_at(share: str, path: str) -> Seen:
+    """The same file that `open_file` would open, unopened. Raises what that does; a folder has errno EISDIR."""
+    facts = _status_beneath(share, path)
+    if not stat.S_ISREG(facts.st_mode):
+        number = errno.EISDIR if stat.S_ISDIR(facts.st_mode) else errno.EINVAL
+        raise GuestError(Reason.NOT_A_REGULAR_FILE, f"{path!r} is not a regular file", errno=number)
+    above = [path[:at] for at, letter in enumerate(path) if letter == "/" and path[:at]]
+    folders = (_status_beneath(share, folder) for folder in (".", *above))
+    public = bool(facts.st_mode & stat.S_IROTH) and all(folder.st_mode & stat.S_IXOTH for folder in folders)
+    return Seen(facts.st_size, max(0, facts.st_mtime_ns), facts.st_ino, public)
+
+
+def _status_beneath(share: str, path: str) -> os.stat_result:
+    fd = _open_beneath(share, path, _NAME)
     try:
-        fd: int = _libc.syscall(_SYS_OPENAT2, root, os.fsencode(path), _HOW, len(_HOW))
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+def _open_beneath(share: str, path: str, flags: int) -> int:
+    root = os.open(share, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    how = struct.pack("=QQQ", flags, 0, _RESOLVE)
+    try:
+        fd: int = _libc.syscall(_SYS_OPENAT2, root, os.fsencode(path), how, len(how))
     finally:
         os.close(root)
     if fd < 0:

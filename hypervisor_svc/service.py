@@ -55,6 +55,8 @@ class Service:
         self._redirect: BridgedRedirect
         self._backend: Backend
         self._domains: Domains | None = None
+        self._askers: set[asyncio.Task[None]] = set()
+        """Each waits for the end of a process that had a VM leave."""
 
     async def __aenter__(self) -> Service:
         async with contextlib.AsyncExitStack() as stack:
@@ -83,6 +85,7 @@ class Service:
             await stack.enter_async_context(control)
             self._moves = ForeignMoves(self._guests)
             stack.callback(self._moves.close)
+            stack.callback(lambda: [task.cancel() for task in self._askers])
             self._find_machines(stack)
             self._stack = stack.pop_all()
         return self
@@ -267,10 +270,18 @@ class Service:
         if deadline < 0:
             raise ValueError("deadline must not be negative")
         guest, process = self._guest(request), request.get("process")
-        left = await leave.leave(self._guests, guest, deadline=deadline, late=late)
+        go = leave.let_go if request.get("only") == "share" else leave.leave
+        left = await go(self._guests, guest, deadline=deadline, late=late)
         if process is not None:
-            leave.while_runs(self._guests, guest, int(process))
+            give_up = partial(self._give_up, guest, int(request.get("speed", 0)))
+            task = asyncio.get_running_loop().create_task(leave.while_runs(self._guests, guest, int(process), give_up=give_up))
+            self._askers.add(task)
+            task.add_done_callback(self._askers.discard)
         return left
+
+    async def _give_up(self, guest: Guest, speed: int) -> None:
+        if self._domains is not None:
+            await self._domains.give_up(guest.machine.uuid, speed)
 
     async def _return(self, request: dict[str, Any]) -> dict[str, Any]:
         return await leave.come_back(self._guests, self._guest(request))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import errno
 import hashlib
 import json
@@ -63,12 +62,13 @@ async def send_plain(transport: asyncio.WriteTransport, file: IO[bytes], offset:
     sent = 0
     with offload.hold(file.fileno()) as held:
         while sent < count:
+            if held.away:
+                await offload.present()
+            held.check()
             absences = held.absences
             sent += await asyncio.get_running_loop().sendfile(transport, file, offset + sent, count - sent)
             if held.absences == absences:
                 break
-            await offload.present()
-            held.check()
     return offload.Transfer(sent, "local", "disabled", "")
 
 
@@ -367,8 +367,7 @@ async def _answer(connection: Connection, service: Service, request: Request) ->
     elif request.method in ("GET", "HEAD"):
         if request.length != 0:
             await connection.read_body(request)
-        await offload.present()  # and nothing is waited for until the file is open, and held
-        answer = _get(service, request)
+        answer = await _get(service, request)
     else:
         raise HttpError(405, f"{request.method} is not possible here")
     answer.keep_alive = answer.keep_alive and request.keep_alive
@@ -387,12 +386,12 @@ def _refusal(error: HttpError) -> Answer:
     return Answer(error.status, headers, f"{error}\n".encode(), keep_alive=error.keep_alive)
 
 
-def _get(service: Service, request: Request) -> Answer:
+async def _get(service: Service, request: Request) -> Answer:
     path = request.path
     if path == b".streamlift":
         return _json(_report(service))
     try:
-        media = service.root.open(path)
+        media = await service.root.open(path)
     except PermissionError:
         return _refusal(HttpError(403, "no permission", keep_alive=True))
     except OSError:
@@ -520,8 +519,7 @@ async def _main(arguments: argparse.Namespace) -> None:
     listener = listen(arguments.host, arguments.port)
     host, port = listener.getsockname()[:2]
     print(f"serving {arguments.root} at {f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    with contextlib.closing(service.root):
-        await run(listener, service, stop)
+    await run(listener, service, stop)
     offload.close()
 
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a guest works with its host, as one table of allowed transitions. Pure; both sides drive it.
 
-    HERE ──▶ LEAVING ──▶ AWAY ──▶ RETURNING ──▶ HERE
-                └───────────────────▲            cancelled, or somebody did not let go
+    HERE ──▶ LETTING_GO ──▶ LOOSE ──▶ LEAVING ──▶ AWAY ──▶ RETURNING ──▶ HERE
+      └───────────┼───────────┼──────────▶┘                    ▲
+                  └───────────┴───────────┴────────────────────┘         cancelled, or somebody did not let go
 
-A mounted share blocks migration and saving to disk, so only a guest that is AWAY can go. Whoever fails goes back to HERE: a guest
-that is left alone, or meets another host's service than the one that it left, returns by itself."""
+A mounted share blocks migration and saving to disk: one that is LOOSE can be copied, while the host goes on serving; only one that
+is AWAY can stop. Whoever fails goes back to HERE: a guest that is left alone, or meets another host's service than the one that it
+left, returns by itself."""
 
 from __future__ import annotations
 
@@ -16,16 +18,22 @@ class Presence(str, Enum):
     """As in `streamlift status`."""
 
     HERE = "here"  # connections are handed out
+    LETTING_GO = "letting_go"  # files are let go, shares are being unmounted
+    LOOSE = "loose"  # no share is mounted; connections are handed out, and the host reads the files
     LEAVING = "leaving"  # none goes out any more, those that are out come home, files are let go
     AWAY = "away"  # nothing is out, no share is mounted
     RETURNING = "returning"  # shares are being mounted
 
 
+HANDING_OUT = frozenset({Presence.HERE, Presence.LETTING_GO, Presence.LOOSE})
+"""In these the host takes connections."""
 PRESENCE_MOVES: dict[Presence, frozenset[Presence]] = {
-    Presence.HERE: frozenset({Presence.LEAVING}),
+    Presence.HERE: frozenset({Presence.LETTING_GO, Presence.LEAVING}),
+    Presence.LETTING_GO: frozenset({Presence.LOOSE, Presence.LEAVING, Presence.RETURNING}),
+    Presence.LOOSE: frozenset({Presence.LEAVING, Presence.RETURNING}),
     Presence.LEAVING: frozenset({Presence.AWAY, Presence.RETURNING}),
     Presence.AWAY: frozenset({Presence.RETURNING}),
-    Presence.RETURNING: frozenset({Presence.HERE, Presence.LEAVING}),
+    Presence.RETURNING: frozenset({Presence.HERE, Presence.LETTING_GO, Presence.LEAVING}),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -39,7 +40,8 @@ def send_bytes(fds: list[int], offset: int, count: int) -> int:
 
 
 class ProtocolAgent:
-    """Listens at `path`. `behaviour` answers each sendfile and reclaim; None closes the connection unanswered."""
+    """Listens at `path`. `behaviour` answers each sendfile and reclaim; None closes the connection unanswered. `seen`: files that a
+    host would know while the share is away, and their sizes; empty: it cannot be asked."""
 
     def __init__(self, path: str, *, shares: list[str], threshold: int = 65536, behaviour: Behaviour = deliver) -> None:
         self.path, self.shares, self.threshold, self.behaviour = path, shares, threshold, behaviour
@@ -47,6 +49,7 @@ class ProtocolAgent:
         self.requests: list[Message] = []
         self.connections = 0
         self.presence = "here"
+        self.seen: dict[str, int] = {}
         self.let_go = threading.Event()
         self.answered = threading.Event()
         self._attending: set[socket.socket] = set()
@@ -122,6 +125,9 @@ class ProtocolAgent:
             if request["op"] in ("attend", "let_go_of"):
                 self._attend(connection, request["op"])
                 return True
+            if request["op"] == "look":
+                self._look(connection, request)
+                return True
             self.requests.append(request)
             if request["op"] == "status":
                 answer: Message | None = {"v": 1, "status": self.hello()}
@@ -144,9 +150,21 @@ class ProtocolAgent:
         self._attending.add(connection)
         connection.send(self._note())
 
+    def _look(self, connection: socket.socket, request: Message) -> None:
+        answer, size = {"v": 1, "id": request["id"], "looked": errno.ENOENT}, self.seen.get(request["path"])
+        if size is None:
+            connection.send(json.dumps(answer).encode())
+            return
+        with open(os.memfd_create("seen", os.MFD_CLOEXEC), "wb") as memory:
+            os.truncate(memory.fileno(), size)
+            given = os.open(f"/proc/self/fd/{memory.fileno()}", os.O_PATH | os.O_CLOEXEC)
+        socket.send_fds(connection, [json.dumps({**answer, "looked": 0}).encode()], [given])
+        os.close(given)
+
     def _note(self) -> bytes:
         leaving = self.presence == "leaving"
-        return json.dumps({"v": 1, "presence": self.presence, "let_go": leaving, "hello": self.hello()}).encode()
+        told = {"presence": self.presence, "let_go": leaving, "look": leaving and bool(self.seen)}
+        return json.dumps({"v": 1, **told, "hello": self.hello()}).encode()
 
     def tell(self, presence: str) -> None:
         """The VM is "leaving", or "here" again: everybody who attends hears of it."""

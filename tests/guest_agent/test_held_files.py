@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from guest_agent.held_files import held, let_go, take_up
+from guest_agent.held_files import held, let_go, size_of, take_up
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,7 @@ def test_the_same_file_at_the_same_position(tmp_path: Path) -> None:
         file.seek(100)
         let_go((f"{tmp_path}/",))
         assert (hold.away, hold.absences, file.read(10)) == (True, 1, b"")
+        assert (hold.path, size_of(file.fileno())) == (str(path), 200)
         assert _open_beneath(tmp_path) == []
         let_go((f"{tmp_path}/",))
         assert hold.absences == 1
@@ -107,3 +108,21 @@ def test_a_transfer_stops_at_a_byte_boundary(tmp_path: Path) -> None:
         take_up()
         assert os.sendfile(here.fileno(), file.fileno(), 10_000, 1000) == 1000
         assert there.recv(20_000, socket.MSG_WAITALL | socket.MSG_DONTWAIT) == path.read_bytes()[:11_000]
+
+
+def test_what_stands_in_for_a_file_keeps_its_number(tmp_path: Path) -> None:
+    """Whoever has been told the number means this file, and no other that was opened since."""
+    (tmp_path / "file").write_bytes(b"x")
+    with (tmp_path / "file").open("rb") as file, held(file.fileno()) as hold:
+        let_go((f"{tmp_path}/",))
+        assert hold.stand_in == -1
+        hold.name(os.memfd_create("first", os.MFD_CLOEXEC))
+        number = hold.stand_in
+        take_up()
+        assert hold.stand_in == -1
+        assert os.readlink(f"/proc/self/fd/{number}").startswith("/memfd:first")
+        let_go((f"{tmp_path}/",))
+        hold.name(os.memfd_create("second", os.MFD_CLOEXEC))
+        assert hold.stand_in == number and os.readlink(f"/proc/self/fd/{number}").startswith("/memfd:second")
+        take_up()
+    assert not os.path.exists(f"/proc/self/fd/{number}")

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from guest_agent import offload
+from guest_agent import offload, offload_asyncio
 from tests.guest_agent.protocol_agent import Message, ProtocolAgent, deliver, reply, send_bytes
 
 SIZE = 400_000
@@ -201,5 +203,126 @@ def test_an_agent_that_does_not_come_back(agent: ProtocolAgent, monkeypatch: pyt
             await asyncio.to_thread(agent.let_go.wait)
             await asyncio.to_thread(agent.stop)
             await offload.present()
+
+    asyncio.run(test())
+
+
+# Files that are opened while the share is away.
+
+
+@contextlib.asynccontextmanager
+async def away(agent: ProtocolAgent, tmp_path: Path) -> AsyncIterator[Path]:
+    """The share leaves for the block: its files are elsewhere, and the host knows them. Then it is back."""
+    share, elsewhere = tmp_path / "share", tmp_path / "elsewhere"
+    offload.attend()
+    async with asyncio.timeout(20):
+        while not agent._attending:
+            await asyncio.sleep(0.01)
+        agent.seen = {str(share / "file"): SIZE}
+        agent.tell("leaving")
+        await asyncio.to_thread(agent.let_go.wait)
+        share.rename(elsewhere)
+        share.mkdir()
+        yield elsewhere
+        share.rmdir()
+        elsewhere.rename(share)
+        agent.tell("here")
+        await offload.present()
+
+
+def _by_path(agent: ProtocolAgent, file: Path, *, refuses: bool = False) -> None:
+    """The host sends what stands for a file, or refuses it; the file itself it sends in any case."""
+
+    def serve(request: Message, fds: list[int]) -> Message:
+        if not os.readlink(f"/proc/self/fd/{fds[1]}").startswith("/memfd:seen"):
+            return deliver(request, fds)
+        if refuses:
+            return {**reply("local", reason="table_full"), "away": True}
+        with file.open("rb") as meant:
+            return deliver(request, [fds[0], meant.fileno()])
+
+    agent.behaviour = serve
+
+
+def test_a_file_of_a_share_that_is_away(agent: ProtocolAgent, tmp_path: Path) -> None:
+    """It has a size, is sent by the host, cannot be read, and is an ordinary file when the share is back."""
+    path, body = str(tmp_path / "share" / "file"), (tmp_path / "share" / "file").read_bytes()
+    here, there = pair()
+
+    async def test() -> None:
+        here.setblocking(False)
+        async with away(agent, tmp_path) as elsewhere:
+            _by_path(agent, elsewhere / "file")
+            file = await offload.open(path)
+            assert (os.fstat(file.fileno()).st_size, file.hold.away) == (SIZE, True)
+            with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+                file.read(1)
+            reading = asyncio.get_running_loop().run_in_executor(None, received, there, 100)
+            transfer = await offload.sendfile_async(here, file, 50, 100)  # below the threshold: what is away has no other way
+            assert (transfer.path, transfer.sent) == ("offloaded", 100)
+            assert await reading == body[50:150]
+            with pytest.raises(FileNotFoundError):
+                await offload.open(path + "s")
+            with pytest.raises(FileNotFoundError):
+                await offload.open(path, beneath=str(tmp_path / "elsewhere"))
+        with file:
+            assert (file.read(), file.hold.away) == (body, False)
+
+    with here, there:
+        asyncio.run(test())
+
+
+def test_what_was_open_before_is_sent_too(agent: ProtocolAgent, tmp_path: Path) -> None:
+    here, there = pair()
+
+    async def test() -> None:
+        here.setblocking(False)
+        with await offload.open(str(tmp_path / "share" / "file")) as file:
+            body = file.read()
+            async with away(agent, tmp_path) as elsewhere:
+                _by_path(agent, elsewhere / "file")
+                reading = asyncio.get_running_loop().run_in_executor(None, received, there, SIZE)
+                transfer = await offload.sendfile_async(here, file)
+                assert (transfer.path, transfer.sent, await reading) == ("offloaded", SIZE, body)
+
+    with here, there:
+        asyncio.run(test())
+
+
+def test_what_the_host_refuses_waits_for_the_share(agent: ProtocolAgent, tmp_path: Path) -> None:
+    """It is asked once, and again when the share is back."""
+    here, there = pair()
+
+    async def test() -> None:
+        here.setblocking(False)
+        async with away(agent, tmp_path) as elsewhere:
+            _by_path(agent, elsewhere / "file", refuses=True)
+            file = await offload.open(str(tmp_path / "share" / "file"))
+            sending = asyncio.ensure_future(offload.sendfile_async(here, file))
+            await asyncio.sleep(0.2)
+            assert not sending.done() and len(agent.requests) == 1
+        reading = asyncio.get_running_loop().run_in_executor(None, received, there, SIZE)
+        assert (await sending).sent == len(await reading) == SIZE
+        file.close()
+
+    with here, there:
+        asyncio.run(test())
+
+
+def test_an_agent_that_cannot_be_asked(agent: ProtocolAgent, tmp_path: Path) -> None:
+    """One of an earlier release: whoever opens a file waits, and one that is elsewhere is opened at once."""
+
+    async def test() -> None:
+        async with away(agent, tmp_path) as elsewhere:
+            agent.seen = {}
+            agent.tell("leaving")
+            while offload_asyncio.link().attendance.may_look:
+                await asyncio.sleep(0.01)
+            opening = asyncio.ensure_future(offload.open(str(tmp_path / "share" / "file")))
+            (await offload.open(str(elsewhere / "file"))).close()
+            await asyncio.sleep(0.1)
+            assert not opening.done()
+        with await opening as file:
+            assert len(file.read()) == SIZE
 
     asyncio.run(test())

@@ -19,9 +19,12 @@ from guest_agent.handoff.errors import GuestError, HandoffError, Reason
 from guest_agent.handoff.snapshot import Endpoint, encode
 from hypervisor_svc.policy import (
     Job,
+    Seen,
     check_flow,
+    look_at,
     open_file,
     read_job,
+    read_look,
     read_relay_job,
     read_relay_plan,
     read_token,
@@ -60,6 +63,7 @@ def test_a_good_request() -> None:
         {"path": "a\0"},
         {"path": "é" * 2048},
         {"path": "\ud800" * 4096},
+        {"path": "\ud800"},
         {"path": 1},
         {"inode": -1},
         {"offset": -1},
@@ -220,10 +224,42 @@ def test_a_file_of_the_share(share: Path, path: str) -> None:
 )
 def test_files_that_are_refused(share: Path, path: str, reason: Reason) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(HandoffError) as error:
-        open_file(str(share), job(path))
-    assert error.value.reason is reason
+    for refused in (lambda: open_file(str(share), job(path)), lambda: look_at(str(share), path)):
+        with pytest.raises(HandoffError) as error:
+            refused()
+        assert error.value.reason is reason
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+LOOK: dict[str, Any] = {"type": "look", "token": TOKEN, "path": "a/b/file"}
+
+
+@pytest.mark.parametrize("changes", [{"path": ""}, {"path": 7}, {"path": "\ud800"}, {"path": "a\0"}, {"offset": 1}])
+def test_bad_looks(changes: dict[str, Any]) -> None:
+    assert read_look(LOOK) == "a/b/file"
+    with pytest.raises(GuestError) as error:
+        read_look({**LOOK, **changes})
+    assert error.value.reason is Reason.BAD_REQUEST
+
+
+def test_what_is_seen_of_a_file(share: Path) -> None:
+    file = share / "a" / "b" / "file"
+    os.utime(file, ns=(1, 1_700_000_000_123_456_789))
+    share.chmod(0o755)
+    assert look_at(str(share), "a/b/file") == Seen(10, 1_700_000_000_123_456_789, file.stat().st_ino, public=True)
+
+
+@pytest.mark.parametrize("closed", ["a/b/file", "a/b", "a", "."])
+def test_what_not_everybody_may_read(share: Path, closed: str) -> None:
+    share.chmod(0o755)
+    (share / closed).chmod(0o750)
+    assert not look_at(str(share), "a/b/file").public
+
+
+@given(st.text(min_size=1, max_size=60))
+def test_no_look_crashes(name: str) -> None:
+    with contextlib.suppress(HandoffError):
+        look_at("/usr/share", read_look({**LOOK, "path": name}))
 
 
 def _replaced(file: Path) -> None:

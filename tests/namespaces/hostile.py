@@ -90,6 +90,12 @@ class HostileGuest:
         self.say(message | changes, body)
         return self.hear("taken", "refused", token=token)
 
+    def look(self, path: str) -> Header:
+        """Ask for a file; the answer."""
+        token = os.urandom(16).hex()
+        self.say({"type": "look", "token": token, "path": path})
+        return self.hear("seen", token=token)
+
     def snapshot(self, local: str = ADDRESS) -> Snapshot:
         """A well-formed lie: a connection of `local` with a port of the client that nobody has."""
         there = after(SNAPSHOT, 0)

@@ -162,7 +162,10 @@ def test_paths_outside_the_share(scene: Scene, tmp_path: Path) -> None:
     for path, reason in PATHS:
         answer = hostile.offer(path)
         assert (answer["type"], answer.get("reason")) == ("refused", reason), path
-    counts = {reason: sum(1 for _, one in PATHS if one == reason) for _, reason in PATHS}
+        assert hostile.look(path).keys() == {"type", "token", "errno"}, path
+    assert hostile.look("file")["size"] == 4000
+    looks = [(path, reason) for path, reason in PATHS if reason in ("outside_share", "bad_request")]
+    counts = {reason: sum(1 for _, one in PATHS + looks if one == reason) for _, reason in PATHS}
     assert refusals(deployment) == counts
 
 

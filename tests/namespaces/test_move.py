@@ -76,6 +76,25 @@ def test_one_download_through_five_moves(hosts: TwoHosts) -> None:
     assert (counters["offloaded"], counters["failed"], counters["local"]) == (1, 0, {})
 
 
+def test_requests_while_memory_is_copied(hosts: TwoHosts) -> None:
+    """They are served before the VM moves; one that is still out moves with it."""
+    late: list[subprocess.Popen[bytes]] = []
+
+    def meanwhile() -> None:
+        small = hosts.client.run("sh", "-c", f"curl -sSf -m 10 http://{GUEST}/1400000.bin | sha256sum")
+        assert small.split()[0] == hashlib.sha256((hosts.share / "1400000.bin").read_bytes()).hexdigest()
+        late.append(download(hosts))
+        out(hosts, len(late) + 1)
+
+    curl = download(hosts)
+    for moves in range(1, 3):
+        out(hosts, moves)
+        assert hosts.migrate(meanwhile)["home"] == moves + 1
+    assert all(is_complete(hosts, one) for one in (curl, *late))
+    counters = hosts.counters()
+    assert (counters["offloaded"], counters["failed"], counters["local"]) == (5, 0, {})
+
+
 def encoder(hosts: TwoHosts, path: str, content_type: str) -> socket.socket:
     """A connection of an encoder that was let in."""
     words = base64.b64encode(f"source:{LIVE_PASSWORD}".encode()).decode()

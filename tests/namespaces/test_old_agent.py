@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,12 @@ pytestmark = pytest.mark.root
 
 
 def earlier_release(folder: Path, *, speaks: int) -> Path:
-    """The agent as it may have been: of version 0.0.9, and with that version of the channel."""
+    """The agent as it may have been: of version 0.0.9, with that version of the channel, and without what it says it knows."""
     shutil.copytree(ROOT / "guest_agent", folder / "guest_agent", ignore=shutil.ignore_patterns("__pycache__"))
     for path, line, was in (
         ("__init__.py", r'__version__ = ".*"', '__version__ = "0.0.9"'),
         ("handoff/wire.py", r"^VERSION = \d+", f"VERSION = {speaks}"),
+        ("agent.py", r'^ +"features": .*\n', ""),
     ):
         text, count = re.subn(line, was, (folder / "guest_agent" / path).read_text(), flags=re.MULTILINE)
         assert count == 1
@@ -44,16 +47,33 @@ def test_an_old_agent_is_named_with_the_remedy(tmp_path: Path, speaks: int, caus
     share.mkdir()
     with routed() as network, deployed(network, tmp_path, share) as deployment:
         assert "too old" not in status_screen(deployment)
-        deployment.agent.stop()
-        argv = ["env", "-C", str(old), f"PYTHONPATH={old}", *deployment.agent.argv]
-        agent = Process(network.guest, argv, tmp_path / "old.log")
-        agent.start()
-        try:
+        with agent_of(deployment, old):
             screen = wait_for(lambda: _if_old(status_screen(deployment)), "the old agent's hello")
-        finally:
-            agent.stop()
     assert cause in screen
     assert "in guest, as root: python3 /srv/share/streamlift-agent.pyz install" in screen
+
+
+@contextlib.contextmanager
+def agent_of(deployment: Deployment, old: Path) -> Iterator[None]:
+    """An earlier one, in place of this release's."""
+    deployment.agent.stop()
+    argv = ["env", "-C", str(old), f"PYTHONPATH={old}", *deployment.agent.argv]
+    agent = Process(deployment.network.guest, argv, deployment.folder / "old.log")
+    agent.start()
+    try:
+        yield
+    finally:
+        agent.stop()
+
+
+def test_one_that_cannot_let_go_leaves(tmp_path: Path) -> None:
+    """Before memory is copied, as its release did."""
+    old, share = earlier_release(tmp_path / "old", speaks=1), tmp_path / "share"
+    share.mkdir()
+    with routed() as network, deployed(network, tmp_path, share) as deployment, agent_of(deployment, old):
+        wait_for(lambda: deployment.machine()["agent_version"] == "0.0.9", "the old agent's hello")
+        assert deployment.call("leave", machine="guest", only="share")["presence"] == "away"
+        assert deployment.call("return", machine="guest")["presence"] == "here"
 
 
 def _if_old(screen: str) -> str:

@@ -13,7 +13,7 @@ import contextlib
 import json
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,11 @@ class TwoHosts:
         self.fabric.run("ip", "route", "replace", f"{GUEST}/32", "via", f"10.77.{_NETWORK[self.here]}.2")
         self.attach()
 
-    def migrate(self) -> dict[str, Any]:
-        """Leave, move, meet: `hypervisor_svc/migrate.py` without libvirt. How it left."""
+    def migrate(self, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Let go, leave, move, meet: `hypervisor_svc/migrate.py` without libvirt; `meanwhile` memory would be copied. How it
+        left."""
+        self.host.call("leave", only="share")
+        meanwhile()
         left = self.host.call("leave")
         self.move()
         self.host.call("meet", seconds=15)

@@ -41,7 +41,7 @@ def test_cancelled_while_memory_is_copied(machine: Moving, tmp_path: Path) -> No
     with machine.watched(SMALL) as watchers:
         product = machine.here
         process = machine.begin("--bandwidth", "8")
-        wait_for(lambda: product.machine()["presence"] == "away", seconds=60, what="the VM has left")
+        wait_for(lambda: product.machine()["presence"] == "loose", seconds=60, what="the VM has let go")
         machine.cancel(process)
         cancelled = machine.end(process)
         assert (cancelled.status, cancelled.last["moved"], machine.here) == (1, False, product), cancelled

@@ -32,6 +32,7 @@ PROPERTIES: tuple[Callable[[], None], ...] = (
     test_policy.test_no_sink_crashes,
     test_policy.test_no_udp_sink_crashes,
     test_policy.test_no_token_crashes,
+    test_policy.test_no_look_crashes,
 )
 ROUND = settings(
     max_examples=500,

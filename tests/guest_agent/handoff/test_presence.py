@@ -10,11 +10,18 @@ import pytest
 from guest_agent.handoff.presence import PRESENCE_MOVES, Presence, move_presence
 
 ALLOWED = {
+    ("here", "letting_go"),
     ("here", "leaving"),
+    ("letting_go", "loose"),
+    ("letting_go", "leaving"),
+    ("letting_go", "returning"),
+    ("loose", "leaving"),
+    ("loose", "returning"),
     ("leaving", "away"),
     ("leaving", "returning"),
     ("away", "returning"),
     ("returning", "here"),
+    ("returning", "letting_go"),
     ("returning", "leaving"),
 }
 

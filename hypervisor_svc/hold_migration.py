@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QEMU copies memory and does not stop the VM before it may, by what libvirt can change of a migration that goes on.
+
+    begin     from the start the VM may stand still for a millisecond at most (virDomainMigrateSetMaxDowntime): too little for what
+              remains, at any speed of a VM that works
+    brake     when little remains: empty pages go over in no time, so the end may be nearer than it seems. Clients are served
+              meanwhile, and lose nothing by it
+    hold      when what remains would go over soon: next to nothing is copied (virDomainMigrateSetMaxSpeed), so in that millisecond
+              not even one page would be, and QEMU stops no VM that has a page left to copy
+    release   as it was: QEMU stops the VM, copies what remains and is done
+
+QEMU does what it knows of the speed, every tenth of a second (migration/migration.c, migration_update_counters). So the copying
+begins as slowly as it is held, until the first limit is known."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import libvirt
+
+HOLD_SPEED = 1
+"""MiB a second: in DOWNTIME a quarter of a page."""
+DOWNTIME = 1
+"""Milliseconds."""
+BRAKE_AT, HOLD_AT = 1.5, 0.8
+"""Seconds of copying before its end, at the speed of each: QEMU is told in time."""
+BRAKED, BRAKED_LIMIT = 4, 2.0
+"""A braked migration copies so many times slower, for so many seconds at most: the VM may write as fast."""
+
+
+class MigrationHold:
+    """Of one domain. `bandwidth`: MiB a second at which it is to be copied (0: libvirt's default for it). All may raise
+    libvirt.libvirtError."""
+
+    def __init__(self, domain: libvirt.virDomain, bandwidth: int) -> None:
+        self._domain = domain
+        self._downtime: int = domain.migrateGetMaxDowntime()
+        self.usual_speed: int = domain.migrateGetMaxSpeed()
+        self._speed = bandwidth or self.usual_speed
+
+    def begin(self) -> None:
+        """The migration goes on, at HOLD_SPEED."""
+        self._domain.migrateSetMaxDowntime(DOWNTIME)
+        self._domain.migrateSetMaxSpeed(self._speed)
+
+    def brake(self, stats: dict[str, Any]) -> None:
+        """See above; `stats` of virDomainGetJobStats."""
+        self._domain.migrateSetMaxSpeed(max(HOLD_SPEED, stats.get("memory_bps", 0) // BRAKED >> 20))
+
+    def hold(self) -> None:
+        """See above."""
+        self._domain.migrateSetMaxSpeed(HOLD_SPEED)
+
+    def release(self) -> None:
+        """The opposite of both."""
+        self._domain.migrateSetMaxDowntime(self._downtime)
+        self._domain.migrateSetMaxSpeed(self._speed)
+
+    def forget(self) -> None:
+        """The VM has not moved. libvirt remembers how fast its next migration may be; the rest it resets by itself."""
+        with contextlib.suppress(libvirt.libvirtError):
+            self._domain.migrateSetMaxSpeed(self.usual_speed)
+
+
+def copies(stats: dict[str, Any]) -> bool:
+    """Whether the copying has begun; of virDomainGetJobStats."""
+    return bool(stats.get("data_total"))
+
+
+def seconds_left(stats: dict[str, Any]) -> float:
+    """Until what remains would be copied, at the speed of now."""
+    remaining, speed = stats.get("data_remaining", 0), stats.get("memory_bps", 0)
+    if not copies(stats) or (remaining and not speed):
+        return math.inf
+    return float(remaining / speed) if remaining else 0.0

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When QEMU is held; that it is, the migrations of VMs show."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from hypervisor_svc.hold_migration import copies, seconds_left
+
+
+@pytest.mark.parametrize(
+    ("stats", "begun", "seconds"),
+    [
+        ({}, False, math.inf),
+        ({"data_total": 0, "data_remaining": 0, "memory_bps": 1 << 20}, False, math.inf),
+        ({"data_total": 1 << 30, "data_remaining": 1 << 29}, True, math.inf),
+        ({"data_total": 1 << 30, "data_remaining": 1 << 29, "memory_bps": 1 << 30}, True, 0.5),
+        ({"data_total": 1 << 30, "data_remaining": 0}, True, 0.0),
+    ],
+)
+def test_how_near_the_end_is(stats: dict[str, int], begun: bool, seconds: float) -> None:
+    assert (copies(stats), seconds_left(stats)) == (begun, seconds)
