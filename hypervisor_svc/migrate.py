@@ -240,9 +240,10 @@ class _Job(threading.Thread):
                 code, message = self.error.get_error_code(), str(self.error)
                 raise MigrateError(*explain(code, message, self._domain.name(), self._plan.destination))
             return False
-        with contextlib.suppress(libvirt.libvirtError):
-            self._domain.abortJob()
-        self.over.wait()
+        while not self.over.is_set():  # it may only be about to begin
+            with contextlib.suppress(libvirt.libvirtError):
+                self._domain.abortJob()
+            self.over.wait(LOOK_INTERVAL)
         return self.error is None
 
     def run(self) -> None:
