@@ -121,6 +121,7 @@ class Agent:
             self._transfers.host_up(event.hello)
             self._relays.host_up(same=same)
             self._departure.host_up(same=same)
+            self._applications.host_up()
         elif isinstance(event, Violation):
             log.warning("channel: %s: %s", event.reason.value, event.message)
 

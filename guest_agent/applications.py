@@ -128,6 +128,11 @@ class Applications:
             if client.attends:
                 self._tell(client)
 
+    def host_up(self) -> None:
+        """What is told to everybody may be another now: the threshold is the host's."""
+        if not self.away:
+            self.here()
+
     def silent(self) -> list[str]:
         """Who was asked to let go and has not answered, for people."""
         return [f"process {client.pid} does not let go of its files" for client, answer in self._asked.items() if not answer.done()]

@@ -105,7 +105,7 @@ class Link:
         if hello is None:
             return self._absent
         reason = hello.refusal(file_fd, count)
-        if reason == "not_on_share" and hello.stale():
+        if reason is not None and hello.stale():
             self._refresh()
         return reason
 

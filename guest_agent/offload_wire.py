@@ -42,7 +42,7 @@ MAX_MESSAGE = 1 << 16
 RETRY_INTERVAL = 1.0
 """Seconds for which an absent agent is not looked for again."""
 REFRESH_INTERVAL = 5.0
-"""Seconds after which "not on a share" is asked for again: a share may have been mounted meanwhile."""
+"""Seconds after which a refusal is asked for again: a share may have been mounted meanwhile, or a host have come."""
 HELLO_LIMIT = 1.0
 RECLAIM_LIMIT = 5.0
 RECLAIM_PAUSE = 0.05
