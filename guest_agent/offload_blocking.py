@@ -58,7 +58,7 @@ class BlockingAgent:
         if hello is None:
             return self._absent
         reason = hello.refusal(file_fd, count)
-        if reason == "not_on_share" and hello.stale() and self.status() and self._hello:
+        if reason is not None and hello.stale() and self.status() and self._hello:
             return self._hello.refusal(file_fd, count)
         return reason
 

@@ -320,6 +320,16 @@ def test_a_share_that_is_mounted_later(
     assert offload.sendfile(pair[0], blob).path == "offloaded"
 
 
+def test_a_host_that_comes_later(agent: ProtocolAgent, pair: Pair, blob: IO[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threshold counts, not that of an agent that was alone."""
+    agent.threshold = 1 << 40
+    assert offload.sendfile(pair[0], blob).reason == "too_small"
+    agent.threshold = 1
+    assert offload.sendfile(pair[0], blob).reason == "too_small"
+    monkeypatch.setattr("guest_agent.offload_wire.REFRESH_INTERVAL", 0.0)
+    assert offload.sendfile(pair[0], blob).path == "offloaded"
+
+
 # Many at once.
 
 
