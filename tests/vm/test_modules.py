@@ -155,8 +155,9 @@ def test_omss_for_five_minutes(series: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("backends", ["socket_offload/socket_offload", *CROSS.values()])
 @pytest.mark.parametrize("series", SERIES)
 def test_the_whole_suite_end_to_end(series: str, backends: str, tmp_path: Path) -> None:
-    """By the module, and with each backend on either side."""
-    script = f"STREAMLIFT_REQUESTS=150 STREAMLIFT_BACKENDS={backends} {pytest_command(END_TO_END)}"
+    """By the module, and with each backend on either side. (What the service remembers is bounded, but full only after more
+    handoffs than an emulator does: how its memory grows says nothing here.)"""
+    script = f"STREAMLIFT_REQUESTS=150 STREAMLIFT_BACKENDS={backends} {pytest_command(END_TO_END, '-k', 'not memory')}"
     assert re.search(r"\d+ passed", run_inside(series, tmp_path / "output", script, timeout=3000))
 
 
