@@ -7,7 +7,9 @@
               meanwhile, and lose nothing by it
     hold      when what remains would go over soon: next to nothing is copied (virDomainMigrateSetMaxSpeed), so in that millisecond
               not even one page would be, and QEMU stops no VM that has a page left to copy
-    release   as it was: QEMU stops the VM, copies what remains and is done
+    stop      QEMU may stop the VM at once, if what remains goes over, at the speed that was seen, within the time that the VM may
+              stand still. QEMU reckons with the speed of now, at which it is held: so it is given so many times that time
+    release   as it was: QEMU copies until so little remains, stops the VM, copies that and is done
 
 QEMU does what it knows of the speed, every tenth of a second (migration/migration.c, migration_update_counters). So the copying
 begins as slowly as it is held, until the first limit is known."""
@@ -28,6 +30,10 @@ BRAKE_AT, HOLD_AT = 1.5, 0.8
 """Seconds of copying before its end, at the speed of each: QEMU is told in time."""
 BRAKED, BRAKED_LIMIT = 4, 2.0
 """A braked migration copies so many times slower, for so many seconds at most: the VM may write as fast."""
+STOP_LIMIT = 0.3
+"""Seconds that QEMU has to stop the VM at once; then it goes on as usual."""
+_LONGEST_DOWNTIME = 2_000_000
+"""Milliseconds (QEMU's MAX_MIGRATE_DOWNTIME)."""
 
 
 class MigrationHold:
@@ -39,6 +45,7 @@ class MigrationHold:
         self._downtime: int = domain.migrateGetMaxDowntime()
         self.usual_speed: int = domain.migrateGetMaxSpeed()
         self._speed = bandwidth or self.usual_speed
+        self._seen = 0
 
     def begin(self) -> None:
         """The migration goes on, at HOLD_SPEED."""
@@ -47,14 +54,19 @@ class MigrationHold:
 
     def brake(self, stats: dict[str, Any]) -> None:
         """See above; `stats` of virDomainGetJobStats."""
-        self._domain.migrateSetMaxSpeed(max(HOLD_SPEED, stats.get("memory_bps", 0) // BRAKED >> 20))
+        self._seen = stats.get("memory_bps", 0)
+        self._domain.migrateSetMaxSpeed(max(HOLD_SPEED, self._seen // BRAKED >> 20))
 
     def hold(self) -> None:
         """See above."""
         self._domain.migrateSetMaxSpeed(HOLD_SPEED)
 
+    def stop(self) -> None:
+        """See above."""
+        self._domain.migrateSetMaxDowntime(downtime_of_a_held(self._downtime, self._seen))
+
     def release(self) -> None:
-        """The opposite of both."""
+        """The opposite of `begin`, `brake` and `hold`."""
         self._domain.migrateSetMaxDowntime(self._downtime)
         self._domain.migrateSetMaxSpeed(self._speed)
 
@@ -62,6 +74,11 @@ class MigrationHold:
         """The VM has not moved. libvirt remembers how fast its next migration may be; the rest it resets by itself."""
         with contextlib.suppress(libvirt.libvirtError):
             self._domain.migrateSetMaxSpeed(self.usual_speed)
+
+
+def downtime_of_a_held(allowed: int, speed: int) -> int:
+    """Milliseconds in which as much goes over, at HOLD_SPEED, as in `allowed` ones at `speed` (bytes a second)."""
+    return min(max(allowed, allowed * speed // (HOLD_SPEED << 20)), _LONGEST_DOWNTIME)
 
 
 def copies(stats: dict[str, Any]) -> bool:

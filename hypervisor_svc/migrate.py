@@ -30,7 +30,16 @@ from guest_agent.handoff.presence import Presence
 from hypervisor_svc.control import ControlError, call
 from hypervisor_svc.domains import DEFAULT_URI, open_connection
 from hypervisor_svc.errors import as_typed
-from hypervisor_svc.hold_migration import BRAKE_AT, BRAKED_LIMIT, HOLD_AT, HOLD_SPEED, MigrationHold, copies, seconds_left
+from hypervisor_svc.hold_migration import (
+    BRAKE_AT,
+    BRAKED_LIMIT,
+    HOLD_AT,
+    HOLD_SPEED,
+    STOP_LIMIT,
+    MigrationHold,
+    copies,
+    seconds_left,
+)
 from hypervisor_svc.leave import DEADLINE, Late, Left
 
 PROGRESS_INTERVAL = 0.1
@@ -187,9 +196,16 @@ class _Held:
             if not job.over.is_set():
                 left = {**_leave(self._domain.name(), self._plan), "held": held}
                 self._on_step({"step": "leave", **left})
-                self._tell(self._hold.release)
-                _watch(self._domain, job, self._on_step)
+                self._go_on(job)
         return left
+
+    def _go_on(self, job: _Job) -> None:
+        """To its end."""
+        job.insist(self._hold.stop)
+        limit = time.monotonic() + STOP_LIMIT
+        _watch(self._domain, job, self._on_step, until=lambda stats: time.monotonic() > limit)
+        job.insist(self._hold.release)
+        _watch(self._domain, job, self._on_step)
 
     def _copy(self, job: _Job) -> bool:
         """Until everything has to come home; whether QEMU is held meanwhile. If the VM was quicker, what was out is lost."""
@@ -241,10 +257,17 @@ class _Job(threading.Thread):
                 raise MigrateError(*explain(code, message, self._domain.name(), self._plan.destination))
             return False
         while not self.over.is_set():  # it may only be about to begin
-            with contextlib.suppress(libvirt.libvirtError):
-                self._domain.abortJob()
+            self.insist(self._domain.abortJob)
             self.over.wait(LOOK_INTERVAL)
         return self.error is None
+
+    def insist(self, word: Callable[[], object]) -> None:
+        """Tell libvirt, again and again until it does so, or all is over: a migration that stays held would last for hours."""
+        while not self.over.is_set():
+            with contextlib.suppress(libvirt.libvirtError):
+                word()
+                return
+            self.over.wait(LOOK_INTERVAL)
 
     def run(self) -> None:
         try:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from hypervisor_svc.hold_migration import copies, seconds_left
+from hypervisor_svc.hold_migration import HOLD_SPEED, copies, downtime_of_a_held, seconds_left
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,12 @@ from hypervisor_svc.hold_migration import copies, seconds_left
 )
 def test_how_near_the_end_is(stats: dict[str, int], begun: bool, seconds: float) -> None:
     assert (copies(stats), seconds_left(stats)) == (begun, seconds)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "speed", "milliseconds"),
+    [(300, 200 << 20, 300 * 200), (300, 0, 300), (300, HOLD_SPEED << 20, 300), (2000, 100 << 30, 2_000_000)],
+)
+def test_how_long_a_held_vm_may_stand_still(allowed: int, speed: int, milliseconds: int) -> None:
+    """As much goes over meanwhile as at the usual speed within the usual time; QEMU has a limit."""
+    assert downtime_of_a_held(allowed, speed) == milliseconds
