@@ -70,6 +70,7 @@ class Agent:
             send=self._channel.send,
             is_up=lambda: self._channel.up,
             is_here=lambda: self._departure.presence in HANDING_OUT,
+            moves=lambda: self._departure.moves,
         )
         self._relays = Relays(
             send=self._channel.send,
@@ -91,6 +92,7 @@ class Agent:
         self._departure = Departure(
             self._applications,
             all_home=self._all_home,
+            take_up=self._transfers.take_up,
             send=self._channel.send,
             shares=self._shares,
             record=os.path.join(os.path.dirname(settings.socket), "unmounted.json"),

@@ -296,16 +296,20 @@ class Applications:
     def _make(
         self, client: _Client, request: dict[str, Any], fds: list[int], file: SharedFile, offset: int, count: int
     ) -> Transfer:
-        token, number = _token(request["token"]), request["id"]
-        return Transfer(
-            token=token,
+        number = request["id"]
+        transfer = Transfer(
+            token=_token(request["token"]),
             sock=_socket_of(fds),
             file=file,
             offset=offset,
             count=count,
             priority=request.get("priority", "normal"),
-            reply=lambda outcome: client.answer(number, outcome, token),
+            reply=lambda outcome: client.answer(number, outcome, transfer.token),
+            waits=request.get("on_move") == "wait",
+            carried=lambda: client.carried(number, transfer),
+            sent_before=_number(request.get("sent", 0), 0),
         )
+        return transfer
 
     def gone(self, client: _Client) -> None:
         """A connection ended; so do its transfers."""
@@ -359,6 +363,11 @@ class _Client:
                 "away": self._door.away,
             }
         )
+
+    def carried(self, number: object, transfer: Transfer) -> None:
+        """Request `number` goes on under another token."""
+        self.transfers = {one.token: one for one in self.transfers.values()}
+        self.send({"v": 1, "id": number, "carried": transfer.sent_before, "token": transfer.token})
 
     def answers(self, number: object) -> tuple[Callable[[dict[str, Any]], None], Callable[[Outcome], None]]:
         """What tells the asker of request `number` how it goes, and how it went."""

@@ -43,7 +43,8 @@ class Outcome:
 
 @dataclass
 class Transfer:
-    """One file on its way to one client, and the socket that it goes through."""
+    """One file on its way to one client, and the socket that it goes through. `waits`: for the next host, if the VM moves;
+    `carried` tells whoever waits that it does, and by which token. `sent_before`: bytes that earlier hosts have sent."""
 
     token: str
     sock: socket.socket
@@ -52,6 +53,8 @@ class Transfer:
     count: int
     priority: str
     reply: Callable[[Outcome], None]
+    waits: bool = False
+    carried: Callable[[], None] = lambda: None
     state: Guest = Guest.HOME
     snapshot: Snapshot | None = None
     expected: Snapshot | None = None

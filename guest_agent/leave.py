@@ -39,21 +39,23 @@ ALONE_LIMIT = 5.0
 
 
 class Departure:
-    """`all_home` waits until nothing is out; `send` is the channel's, `shares` the mount points; `record`: a file for what is to be
-    mounted again."""
+    """`all_home` waits until nothing is out, `take_up` hands on what was carried; `send` is the channel's, `shares` the mount
+    points; `record`: a file for what is to be mounted again."""
 
     def __init__(
         self,
         applications: Applications,
         *,
         all_home: Callable[[], Awaitable[None]],
+        take_up: Callable[[], None],
         send: Callable[[Header, bytes], None],
         shares: Callable[[], tuple[str, ...]],
         record: str,
     ) -> None:
-        self._applications, self._all_home = applications, all_home
+        self._applications, self._all_home, self._take_up = applications, all_home, take_up
         self._send, self._shares, self._record = send, shares, record
         self.presence = Presence.HERE
+        self.moves = False
         self._message, self._call = "", 0
         self._mounts: tuple[Mount, ...] = ()
         self._task: asyncio.Task[None] | None = None
@@ -91,6 +93,7 @@ class Departure:
             self._say()
             return
         self._cancel()
+        self.moves = self.presence is Presence.LOOSE
         if self.presence is Presence.HERE:
             self._mounts = ()
         self._go_to(by)
@@ -139,7 +142,9 @@ class Departure:
             return
         self._cancel()
         log.info("coming back%s", f": {why}" if why else "")
+        self.moves = False
         self._go_to(Presence.RETURNING, why)
+        self._take_up()
         self._task = self._loop.create_task(self._come_back())
 
     async def _come_back(self) -> None:
@@ -175,8 +180,10 @@ class Departure:
             self._alone = None
         if not same and self.presence not in (Presence.HERE, Presence.RETURNING):
             self.come_back("another service of the host answers")
-        else:
-            self._say()
+            return
+        if self.presence is Presence.RETURNING:
+            self._take_up()
+        self._say()
 
     def host_down(self) -> None:
         """It may be on the way to another host, or left alone."""

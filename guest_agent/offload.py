@@ -127,11 +127,11 @@ async def sendfile_async(
     if isinstance(target, socket.socket):
         if target.gettimeout() != 0:
             raise ValueError("the socket must be non-blocking")
-        return await _send_async(_OfSocket(target, file, priority), offset, count_, on_move)
+        return await _send_async(_OfSocket(target, file, priority, on_move), offset, count_)
     transport = target.transport if isinstance(target, asyncio.StreamWriter) else target
     if transport.is_closing():
         raise ConnectionResetError(errnos.ECONNRESET, "the transport is closing")
-    return await _send_async(_OfTransport(transport, file, priority), offset, count_, on_move)
+    return await _send_async(_OfTransport(transport, file, priority, on_move), offset, count_)
 
 
 @dataclass
@@ -141,12 +141,13 @@ class _OfSocket:
     sock: socket.socket
     file: IO[bytes]
     priority: str
+    on_move: str
 
     def unsuitable(self, count: int) -> str | None:
         return _unsuitable(self.sock, count)
 
     async def ask(self, link: offload_asyncio.Link, file: int, offset: int, count: int) -> Reply:
-        return await link.request(self.sock, file, offset, count, self.priority)
+        return await link.request(self.sock, file, offset, count, self.priority, on_move=self.on_move)
 
     async def send(self, offset: int, count: int) -> int:
         return await local.send_on_socket(self.sock, self.file, offset, count)
@@ -159,6 +160,7 @@ class _OfTransport:
     transport: asyncio.WriteTransport
     file: IO[bytes]
     priority: str
+    on_move: str
 
     def unsuitable(self, count: int) -> str | None:
         if self.transport.get_extra_info("sslcontext") is not None:
@@ -169,16 +171,16 @@ class _OfTransport:
         await local.drain(self.transport)
         resume = local.pause_reading(self.transport)
         sock = self.transport.get_extra_info("socket")
-        return await link.request(sock, file, offset, count, self.priority, when_over=resume)
+        return await link.request(sock, file, offset, count, self.priority, on_move=self.on_move, when_over=resume)
 
     async def send(self, offset: int, count: int) -> int:
         return await local.send_on_transport(self.transport, self.file, offset, count)
 
 
-async def _send_async(way: _OfSocket | _OfTransport, offset: int, count: int, on_move: str) -> Transfer:
+async def _send_async(way: _OfSocket | _OfTransport, offset: int, count: int) -> Transfer:
     """By the host as far as it goes, from here as far as that goes, and whenever the share leaves, from where that was."""
     link, done, refused = offload_asyncio.link(), _Done(), False
-    with _held(way.file, on_move) as hold:
+    with _held(way.file, way.on_move) as hold:
         while True:
             file = await descriptor(hold, refused=refused) if hold is not None else way.file.fileno()
             start, left = offset + done.sent, count - done.sent

@@ -48,9 +48,10 @@ from guest_agent.offload_wire import (
 
 class _Pending:
     """A request under way. `asked`: the agent may have acted on it, so only the agent can say how it ended.
-    `when_over` runs once, also if nobody waits any more. `on_note` hears what the agent says meanwhile."""
+    `when_over` runs once, also if nobody waits any more. `on_note` hears what the agent says meanwhile. `sent`: bytes that are
+    delivered beside what the host of `token` sends, which was asked at `begun`."""
 
-    __slots__ = ("asked", "begun", "fds", "future", "message", "on_note", "sock", "token", "when_over")
+    __slots__ = ("asked", "begun", "fds", "future", "message", "on_note", "sent", "sock", "token", "when_over")
 
     def __init__(
         self,
@@ -66,7 +67,11 @@ class _Pending:
         self.on_note = on_note
         self.token, self.sock, self.message, self.fds = token, sock, message, fds
         self.future, self.when_over, self.asked = future, when_over, False
-        self.begun = time.monotonic()
+        self.begun, self.sent = time.monotonic(), 0
+
+    def carry(self, token: str, sent: int) -> None:
+        """Its VM moves, and it goes on at the next host."""
+        self.token, self.sent, self.begun = token, sent, time.monotonic()
 
     def end(self, outcome: Reply | Exception) -> None:
         """Tell the caller, if it still waits."""
@@ -117,11 +122,12 @@ class Link:
         count: int,
         priority: str,
         *,
+        on_move: str = "local",
         when_over: Callable[[], None] | None = None,
     ) -> Reply:
         """Ask the agent. A cancelled caller leaves the request under way: its reply is still consumed."""
         number, token = next_number(), new_token()
-        message = encode_sendfile(number, token, offset, count, priority)
+        message = encode_sendfile(number, token, offset, count, priority, on_move=on_move)
         fds = (sock.fileno(), file_fd)
         return await self.begin(number, token, message, sock=sock, fds=fds, when_over=when_over)
 
@@ -252,7 +258,7 @@ class Link:
             pending.end(lost(self._absent))
             return
         number = next_number()
-        pending.message, pending.fds = encode_reclaim(number, pending.token, pending.begun), (fd,)
+        pending.message, pending.fds = encode_reclaim(number, pending.token, pending.begun, sent=pending.sent), (fd,)
         self._pending[number] = pending
 
     def close_idle(self) -> None:
@@ -352,6 +358,8 @@ class Link:
             self._looked(message, fds)
         elif "taken" in message or "relay_status" in message:
             self._note(message)
+        elif "carried" in message:
+            self._carried(message)
         else:
             reply = read_reply(message)
             self._end(message["id"], reply)
@@ -365,6 +373,11 @@ class Link:
             seen.set_result(fds[0])
         else:
             _refuse(seen, int(message["looked"]))
+
+    def _carried(self, message: Message) -> None:
+        pending = self._pending.get(message["id"])
+        if pending is not None:
+            pending.carry(str(message["token"]), int(message["carried"]))
 
     def _note(self, message: Message) -> None:
         pending = self._pending.get(message["id"])

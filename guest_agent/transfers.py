@@ -12,7 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from guest_agent import hand_out, take_back
+from guest_agent import carry, hand_out, take_back
 from guest_agent.hand_out import Outcome, Send, Transfer
 from guest_agent.handoff import kernel
 from guest_agent.handoff.backend import Backend
@@ -35,16 +35,26 @@ _REMEMBERED = 8192
 
 
 class Transfers:
-    """All transfers by token. `send` is the channel's; it raises ConnectionError while the host is away."""
+    """All transfers by token. `send` is the channel's; it raises ConnectionError while the host is away. `moves`: what comes home
+    now goes on to another host."""
 
     def __init__(
-        self, *, backend: Backend, keep: Hold | None, send: Send, is_up: Callable[[], bool], is_here: Callable[[], bool]
+        self,
+        *,
+        backend: Backend,
+        keep: Hold | None,
+        send: Send,
+        is_up: Callable[[], bool],
+        is_here: Callable[[], bool],
+        moves: Callable[[], bool],
     ) -> None:
-        self._backend, self._keep, self._send, self._is_up, self._is_here = backend, keep, send, is_up, is_here
+        self._backend, self._keep, self._send = backend, keep, send
+        self._is_up, self._is_here, self._moves = is_up, is_here, moves
         self._home = asyncio.Event()
         self._home.set()
         self._by_token: dict[str, Transfer] = {}
         self._by_cookie: dict[int, Transfer] = {}
+        self._carried: dict[str, Transfer] = {}
         self._came_home: OrderedDict[str, None] = OrderedDict()
         self._host_instance = ""
         self._doubt: asyncio.TimerHandle | None = None
@@ -77,10 +87,13 @@ class Transfers:
         except OSError as error:
             self._finish(transfer, Outcome("local", 0, Reason.NOT_ESTABLISHED, str(error), error.errno or 0))
         else:
-            self._add(transfer)
-            self._by_cookie[transfer.cookie] = transfer
-            self.counters["handed_out"] += 1
-            self._set_timer(transfer, OFFER_LIMIT, self._ask_again)
+            self._offered(transfer)
+
+    def _offered(self, transfer: Transfer) -> None:
+        self._add(transfer)
+        self._by_cookie[transfer.cookie] = transfer
+        self.counters["handed_out"] += 1
+        self._set_timer(transfer, OFFER_LIMIT, self._ask_again)
 
     def reclaim(self, transfer: Transfer, *, age: float) -> None:
         """An application comes back with the socket of a transfer that another life of this agent began, `age` seconds ago."""
@@ -105,7 +118,9 @@ class Transfers:
     def application_gone(self, transfer: Transfer) -> None:
         """The process died or closed: the connection ends as the kernel would end it, at its present owner."""
         transfer.application_gone = True
-        if transfer.token in self._by_token and self._is_up():
+        if transfer.token in self._carried:
+            self._put_down(transfer)
+        elif transfer.token in self._by_token and self._is_up():
             self._send({"type": "abort", "token": transfer.token}, b"")
 
     # From the channel.
@@ -127,6 +142,12 @@ class Transfers:
     def host_down(self) -> None:
         """The channel ended: transfers wait for it to come back, within DOUBT_LIMIT."""
         self._start_doubt()
+
+    def take_up(self) -> None:
+        """The VM has arrived, or stays where it was: what it carried goes out again, if somebody is there."""
+        if self._is_up():
+            for transfer in list(self._carried.values()):
+                self._hand_on(transfer)
 
     def message(self, header: Header, body: bytes) -> None:
         """Dispatch one message. Unknown types and tokens are ignored and counted: a newer host may say more."""
@@ -205,7 +226,11 @@ class Transfers:
         self._bury(transfer, Outcome("failed", 0, Reason.RESTORE_FAILED, str(error), errno.ECONNRESET))
 
     def _on_released(self, transfer: Transfer, header: Header, body: bytes) -> None:
-        if transfer.state is Guest.RETURNING:
+        if transfer.state is not Guest.RETURNING:
+            return
+        if self._moves() and carry.can_be_carried(transfer):
+            self._carry(transfer)
+        else:
             self._come_home(transfer)
 
     def _on_failed(self, transfer: Transfer, header: Header, body: bytes) -> None:
@@ -224,15 +249,44 @@ class Transfers:
             return
         self.collect_held()
         self._forget(transfer)
-        self._came_home[transfer.token] = None
-        if len(self._came_home) > _REMEMBERED:
-            self._came_home.popitem(last=False)
+        self._remember_home(transfer)
         self._send_held(transfer)
-        self.counters["handed_back"] += 1
         if transfer.closed:
             take_back.await_fin(self._loop, transfer.sock, lambda: self._finish(transfer, transfer.outcome))
         else:
             self._finish(transfer, transfer.outcome)
+
+    def _remember_home(self, transfer: Transfer) -> None:
+        self.counters["handed_back"] += 1
+        self._came_home[transfer.token] = None
+        if len(self._came_home) > _REMEMBERED:
+            self._came_home.popitem(last=False)
+
+    def _carry(self, transfer: Transfer) -> None:
+        """Home, and on its way to the next host (`carry.py`)."""
+        self._forget(transfer)
+        self._remember_home(transfer)
+        carry.pack(transfer)
+        self.counters["carried"] += 1
+        self._carried[transfer.token] = self._by_cookie[transfer.cookie] = transfer
+        transfer.carried()
+        self._set_timer(transfer, carry.CARRY_LIMIT, self._put_down)
+
+    def _hand_on(self, transfer: Transfer) -> None:
+        try:
+            carry.hand_on(transfer, self._send)
+        except (HandoffError, OSError) as error:
+            log.warning("%s cannot be handed on: %s", transfer.token, error)
+            self._put_down(transfer)
+        else:
+            del self._carried[transfer.token]
+            self._offered(transfer)
+
+    def _put_down(self, transfer: Transfer) -> None:
+        """The application goes on with it."""
+        del self._carried[transfer.token]
+        self.counters["handed_back"] -= 1  # it was counted when it was packed
+        self._come_home(transfer)
 
     def _undo(self, transfer: Transfer, reason: Reason, message: str) -> None:
         self.collect_held()
@@ -240,7 +294,7 @@ class Transfers:
         self.collect_held()
         self._forget(transfer)
         self._send_held(transfer)
-        self._finish(transfer, Outcome("local", transfer.sent_before, reason, message))
+        self._finish(transfer, Outcome("local", 0, reason, message))
 
     def _bury(self, transfer: Transfer, outcome: Outcome) -> None:
         """The connection is over: our place-holder closes silently, with nothing left to send."""
@@ -323,6 +377,7 @@ class Transfers:
         if outcome.outcome != "offloaded":
             self.counters[f"{outcome.outcome}_{outcome.reason.value if outcome.reason else 'unknown'}"] += 1
         transfer.sock.close()
+        outcome.sent += transfer.sent_before
         if not transfer.application_gone:
             transfer.reply(outcome)
 

@@ -3,7 +3,7 @@
 
 The guest's view and the host's view are two columns of the same story; each side drives its own machine::
 
-    guest: HOME -> FROZEN -> OFFERED -> OUT -> RETURNING -> HOME
+    guest: HOME -> FROZEN -> OFFERED -> OUT -> RETURNING -> HOME      (-> CARRIED -> OFFERED: to the next host, with its VM)
     host:  OFFERED -> RESTORED -> REDIRECTED -> SERVING -> FREEZING -> RETURNING -> GONE
 
 A step that fails goes back through ROLLED_BACK; an impossible move raises `ImpossibleTransition`: it is always a defect
@@ -23,6 +23,7 @@ class Guest(Enum):
     OFFERED = "offered"  # the snapshot was sent; the host may own it (in doubt)
     OUT = "out"  # the host owns it; ours is a silent place-holder
     RETURNING = "returning"  # restored in place, frozen until the host lets go
+    CARRIED = "carried"  # the same, and let go by the host that the VM leaves: for the next one
     DEAD = "dead"  # the connection ended while it was away
 
 
@@ -43,7 +44,8 @@ GUEST_MOVES: dict[Guest, frozenset[Guest]] = {
     Guest.FROZEN: frozenset({Guest.HOME, Guest.OFFERED}),
     Guest.OFFERED: frozenset({Guest.HOME, Guest.OUT, Guest.RETURNING, Guest.DEAD}),
     Guest.OUT: frozenset({Guest.RETURNING, Guest.DEAD}),
-    Guest.RETURNING: frozenset({Guest.HOME, Guest.DEAD}),
+    Guest.RETURNING: frozenset({Guest.HOME, Guest.CARRIED, Guest.DEAD}),
+    Guest.CARRIED: frozenset({Guest.OFFERED, Guest.HOME, Guest.DEAD}),
     Guest.DEAD: frozenset(),
 }
 

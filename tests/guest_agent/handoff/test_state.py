@@ -25,6 +25,8 @@ def test_the_whole_way_out_and_back() -> None:
     guest = Guest.HOME
     for step in (Guest.FROZEN, Guest.OFFERED, Guest.OUT, Guest.RETURNING, Guest.HOME):
         guest = move_guest(guest, step)
+    for step in (Guest.FROZEN, Guest.OFFERED, Guest.OUT, Guest.RETURNING, Guest.CARRIED, Guest.OFFERED, Guest.OUT):
+        guest = move_guest(guest, step)
     host = Host.OFFERED
     for there in (Host.RESTORED, Host.REDIRECTED, Host.SERVING, Host.FROZEN, Host.RETURNING, Host.GONE):
         host = move_host(host, there)
