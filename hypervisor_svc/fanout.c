@@ -14,15 +14,20 @@
 #include <limits.h>
 #include <netinet/in.h>
 #include <netinet/udp.h>
+#include <stdbool.h>
 #include <string.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
+
+#include "send_ring.h"
 
 #ifndef UDP_SEGMENT
 #define UDP_SEGMENT 103
 #endif
 
 enum { FLAGS = MSG_DONTWAIT | MSG_NOSIGNAL };
+/* For fewer sockets a ring is not worth it. */
+enum { FEW = 8 };
 
 /* The sockets of one call: `count` of `fds` from `start` on, the first after the last. */
 struct herd {
@@ -138,9 +143,41 @@ static ssize_t send_iov(int fd, struct iovec *iov, Py_ssize_t count)
 	return sendmsg(fd, &message, FLAGS);
 }
 
+/* The same message to each, by the ring; how many had their turn: all, none if there is no ring, or the first so many. */
+static Py_ssize_t ring_turn(const struct herd *herd, const struct msghdr *message, size_t bytes, struct outcome *outcome)
+{
+	const bool plain = message->msg_iovlen == 1 && !message->msg_controllen;
+	struct send_ring *ring = herd->count < FEW || bytes > INT_MAX ? NULL : send_ring_take();
+	Py_ssize_t done = 0, wanted, turn;
+
+	if (!ring)
+		return 0;
+	do {
+		wanted = herd->count - done < SEND_RING_SIZE ? herd->count - done : SEND_RING_SIZE;
+		for (Py_ssize_t i = 0; i < wanted; i++) {
+			int fd = fd_at(herd, (herd->start + done + i) % herd->size);
+
+			if (plain)
+				send_ring_add(ring, IORING_OP_SEND, fd, message->msg_iov->iov_base, bytes, FLAGS);
+			else
+				send_ring_add(ring, IORING_OP_SENDMSG, fd, message, 1, FLAGS);
+		}
+		turn = send_ring_submit(ring);
+		for (Py_ssize_t i = 0; i < turn; i++)
+			if (send_ring_result(ring, i) != (int)bytes)
+				note(outcome, (herd->start + done + i) % herd->size, send_ring_result(ring, i));
+		done += turn;
+	} while (turn == wanted && done < herd->count);
+	send_ring_give(ring);
+	return done;
+}
+
 static void stream_turn(const struct herd *herd, const struct payload *payload, struct outcome *outcome)
 {
-	for (Py_ssize_t i = 0, at = herd->start; i < herd->count; i++, at = (at + 1) % herd->size) {
+	const struct msghdr message = { .msg_iov = payload->iov, .msg_iovlen = payload->count };
+
+	for (Py_ssize_t i = ring_turn(herd, &message, payload->bytes, outcome); i < herd->count; i++) {
+		Py_ssize_t at = (herd->start + i) % herd->size;
 		ssize_t sent = send_iov(fd_at(herd, at), payload->iov, payload->count);
 
 		if (sent != (ssize_t)payload->bytes)
@@ -150,7 +187,10 @@ static void stream_turn(const struct herd *herd, const struct payload *payload, 
 
 static void datagram_turn(const struct herd *herd, const struct payload *payload, struct outcome *outcome)
 {
-	for (Py_ssize_t i = 0, at = herd->start; i < herd->count; i++, at = (at + 1) % herd->size) {
+	const struct msghdr message = { .msg_iov = payload->iov, .msg_iovlen = 1 };
+
+	for (Py_ssize_t i = payload->count == 1 ? ring_turn(herd, &message, payload->bytes, outcome) : 0; i < herd->count; i++) {
+		Py_ssize_t at = (herd->start + i) % herd->size;
 		Py_ssize_t sent = 0;
 
 		while (sent < payload->count && send_iov(fd_at(herd, at), &payload->iov[sent], 1) >= 0)
@@ -180,9 +220,12 @@ static void burst_turn(const struct herd *herd, const struct payload *payload, i
 	header->cmsg_type = UDP_SEGMENT;
 	header->cmsg_len = CMSG_LEN(sizeof(segment));
 	memcpy(CMSG_DATA(header), &segment, sizeof(segment));
-	for (Py_ssize_t i = 0, at = herd->start; i < herd->count; i++, at = (at + 1) % herd->size)
+	for (Py_ssize_t i = ring_turn(herd, &message, payload->bytes, outcome); i < herd->count; i++) {
+		Py_ssize_t at = (herd->start + i) % herd->size;
+
 		if (sendmsg(fd_at(herd, at), &message, FLAGS) < 0)
 			note(outcome, at, -errno);
+	}
 }
 
 static void file_turn(const struct herd *herd, int file, off_t offset, size_t length, struct outcome *outcome)

@@ -5,9 +5,10 @@ Each function gives its bytes to `count` sockets of `fds` (an `array("i")`) from
 without ever waiting. It returns those that did not take everything, as (index, result): what was taken (bytes of a stream,
 whole datagrams of several), or the negative errno.
 
-`fanout.c` does it between two looks at the interpreter; where it was not built, Python does the same, one call a socket
-(`NATIVE` tells). A burst is one send of many datagrams of `size` bytes, of which the last may be shorter (UDP_SEGMENT, udp(7)):
-all or nothing. Its `size` counts, not the socket's (`set_segment`); 0: it is one datagram."""
+`fanout.c` does it between two looks at the interpreter, hundreds of sockets in one system call where the kernel has io_uring(7)
+(`send_ring.h`); where it was not built, Python does the same, one call a socket (`NATIVE` tells). A burst is one send of many
+datagrams of `size` bytes, of which the last may be shorter (UDP_SEGMENT, udp(7)): all or nothing. Its `size` counts, not the
+socket's (`set_segment`); 0: it is one datagram."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import os
 import socket
 from array import array
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ WAYS = {
     "python": (fanout._python_stream, fanout._python_datagrams, fanout._python_burst, fanout._python_file),
     "chosen": (fanout.send_stream, fanout.send_datagrams, fanout.send_burst, fanout.send_file),
 }
-COUNT = 5
+COUNT = 300
+"""More than one call of the extension's ring (`send_ring.h`) takes."""
 
 
 @pytest.mark.root
@@ -61,10 +63,9 @@ def datagrams() -> Iterator[tuple[array[int], list[socket.socket]]]:
 def test_streams_from_any_of_them_on(way: str, streams: tuple[array[int], list[socket.socket]]) -> None:
     fds, receivers = streams
     send = WAYS[way][0]
-    assert send(fds, 3, 4, [b"abc", b"", memoryview(b"xdefx")[1:4]]) == []
+    assert send(fds, 3, COUNT - 1, [b"abc", b"", memoryview(b"xdefx")[1:4]]) == []
     assert send(fds, 2, 1, [b"ghi"]) == []
-    expected = [b"abcdef", b"abcdef", b"ghi", b"abcdef", b"abcdef"]
-    assert [receiver.recv(100) for receiver in receivers] == expected
+    assert [receiver.recv(100) for receiver in receivers] == [b"ghi" if at == 2 else b"abcdef" for at in range(COUNT)]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -96,6 +97,41 @@ def test_datagrams_keep_their_boundaries(way: str, datagrams: tuple[array[int], 
     fds, receivers = datagrams
     assert WAYS[way][1](fds, 0, COUNT, [b"one", b"", b"three"]) == []
     assert [[receiver.recv(100) for _ in range(3)] for receiver in receivers] == [[b"one", b"", b"three"]] * COUNT
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_datagram_and_a_dead_socket(way: str, datagrams: tuple[array[int], list[socket.socket]]) -> None:
+    """A port where nobody is says so with the second one."""
+    fds, receivers = datagrams
+    receivers[COUNT - 1].close()
+    send = WAYS[way][1]
+    assert send(fds, 0, COUNT, [b"one"]) == []
+    assert send(fds, 5, COUNT, [b"two"]) == [(COUNT - 1, -errno.ECONNREFUSED)]
+    assert [(receiver.recv(100), receiver.recv(100)) for receiver in receivers[:-1]] == [(b"one", b"two")] * (COUNT - 1)
+
+
+def test_threads_at_once(streams: tuple[array[int], list[socket.socket]]) -> None:
+    """There is one ring; who finds it taken sends without."""
+    fds, receivers = streams
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda turn: fanout.send_stream(fds, 0, COUNT, [b"%04d" % turn]), range(100))) == [[]] * 100
+    for receiver in receivers:
+        received = b""
+        while len(received) < 400:
+            received += receiver.recv(400)
+        assert sorted(received[at : at + 4] for at in range(0, 400, 4)) == [b"%04d" % turn for turn in range(100)]
+
+
+def test_a_child_has_no_ring(streams: tuple[array[int], list[socket.socket]]) -> None:
+    """Its parent's is not its own."""
+    fds, receivers = streams
+    assert fanout.send_stream(fds, 0, COUNT, [b"one"]) == []
+    child = os.fork()
+    if not child:
+        os._exit(fanout.send_stream(fds, 0, COUNT, [b"two"]) != [])
+    assert os.waitpid(child, 0)[1] == 0
+    assert fanout.send_stream(fds, 0, COUNT, [b"end"]) == []
+    assert [receiver.recv(100) for receiver in receivers] == [b"onetwoend"] * COUNT
 
 
 @pytest.mark.parametrize("way", WAYS)
