@@ -13,6 +13,7 @@ Whoever is not handed on within CARRY_LIMIT is put down: its client must not wai
 from __future__ import annotations
 
 import os
+import time
 
 from guest_agent.hand_out import Send, Transfer, offer
 from guest_agent.handoff.errors import HandoffError, Reason
@@ -48,5 +49,5 @@ def hand_on(transfer: Transfer, send: Send) -> None:
     except HandoffError:
         unmute(transfer.sock, transfer.snapshot.options.mark)
         raise
-    transfer.expected = transfer.expect()
+    transfer.expected, transfer.begun = transfer.expect(), time.monotonic()
     transfer.move(Guest.OFFERED)
