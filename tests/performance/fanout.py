@@ -168,6 +168,17 @@ def stop(process: subprocess.Popen[str]) -> str:
         return process.stdout.read()
 
 
+def received(drain: subprocess.Popen[str]) -> tuple[int, float]:
+    """Bytes of all receivers, and milliseconds of the longest silence that one of them saw; they end."""
+    got, longest = stop(drain).splitlines()
+    return sum(int(word) for word in got.split()), float(longest)
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process (proc(5), statm)."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def one(programs: dict[str, Path], side: str, *, udp: bool, count: int, seconds: float) -> dict[str, Any]:
     """One measurement of one side."""
     with line(count, udp=udp) as made, source(udp=udp) as (encoder, near):
@@ -192,9 +203,9 @@ def one(programs: dict[str, Path], side: str, *, udp: bool, count: int, seconds:
         if side == "daemon":
             relay.kill()
         stop(relay)
-        got = [int(word) for word in stop(drain).split()]
-        row |= {"pieces": pieces, "expected": pieces * PIECE * count, "delivered": sum(got)}
-        return row
+        delivered, longest = received(drain)
+        expected = pieces * PIECE * count
+        return row | {"pieces": pieces, "expected": expected, "delivered": delivered, "longest_gap_ms": longest}
 
 
 class Encoder(Protocol):
@@ -225,8 +236,7 @@ def flood(programs: dict[str, Path], side: str, *, count: int, seconds: int) -> 
         relay = start(argv, made.near, count)
         relay.wait()
         stop(relay)
-        delivered = sum(int(word) for word in stop(drain).split())
-        return {"side": side, "sinks": count, "seconds": seconds, "delivered": delivered}
+        return {"side": side, "sinks": count, "seconds": seconds, "delivered": received(drain)[0]}
 
 
 FLOODS = ("C loop", "user")

@@ -4,8 +4,9 @@ multihandlesink, as multisocketsink is) and the `user` engine.
 
     ./run bench peers [--json FILE] [--plot FILE] [--quick]
 
-One run, in turns, on loopback: processor time of the serving process for each Gbit/s that its listeners got. ffmpeg's own HTTP
-listener takes one client a stream: it cannot do this work."""
+One run, in turns, on loopback: processor time of the serving process for each Gbit/s that its listeners got, its memory for each of
+them, and how long one got nothing (a piece comes every 44 ms, and ours waits for others within its latency budget). ffmpeg's own
+HTTP listener takes one client a stream: it cannot do this work."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,7 @@ def measure_peer(side: str, programs: dict[str, Path], folder: Path, plan: Plan)
     with contextlib.ExitStack() as stack:
         server, port, source = stack.enter_context(serving(peer, folder))
         encoder = peer.encoder(port, source)
+        empty = fanout.resident(server.pid)
         with _always_something(encoder) if peer.late else contextlib.nullcontext(), ThreadPoolExecutor(64) as pool:
             socks = list(pool.map(lambda _: peer.listener(port), range(plan.listeners)))
         for sock in socks:
@@ -184,10 +186,11 @@ def measure_peer(side: str, programs: dict[str, Path], folder: Path, plan: Plan)
         pieces = fanout.feed(encoder, plan.seconds)
         time.sleep(0.35)
         spent, took = fanout.processor_time(server.pid) - before, time.monotonic() - begun
-        delivered = sum(int(word) for word in fanout.stop(drain).split())
+        memory = (fanout.resident(server.pid) - empty) / plan.listeners
+        delivered, longest = fanout.received(drain)
         expected = pieces * fanout.PIECE * plan.listeners
-        share = {"side": side, "sinks": plan.listeners, "seconds": took, "processor_seconds": spent}
-        return {**share, "delivered": min(delivered, expected), "expected": expected}
+        row = {"side": side, "sinks": plan.listeners, "seconds": took, "processor_seconds": spent, "memory_per_sink": memory}
+        return {**row, "delivered": min(delivered, expected), "expected": expected, "longest_gap_ms": longest}
 
 
 def measure(programs: dict[str, Path], folder: Path, plan: Plan) -> list[dict[str, Any]]:
@@ -213,20 +216,28 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Bar]:
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """By side."""
-    shown = Table("", "processor seconds a Gbit", "delivered of expected", title="peers")
-    for side in SIDES:
-        least = min(r["delivered"] / r["expected"] for r in rows if r["side"] == side)
-        shown.add_row(side, f"{cost(rows, side):.3f}", f"{least:.3f}")
+def table(rows: list[dict[str, Any]], sides: Sequence[str]) -> Table:
+    """By side: medians, and the least that came."""
+    columns = ("processor seconds a Gbit", "memory a receiver, bytes", "longest gap, ms", "delivered of expected")
+    shown = Table("", *columns, title="256 kbit/s to each")
+    for side in sides:
+        chosen = [row for row in rows if row["side"] == side]
+        memory, gap = (statistics.median(row[key] for row in chosen) for key in ("memory_per_sink", "longest_gap_ms"))
+        least = min(row["delivered"] / row["expected"] for row in chosen)
+        shown.add_row(side, f"{cost(rows, side):.3f}", f"{memory:,.0f}", f"{gap:.0f}", f"{least:.3f}")
     return shown
 
 
-def plot(report: Report, path: Path) -> None:
-    """Bars."""
-    with bench.drawing(path) as (axis,):
-        axis.bar(SIDES, [cost(report.rows, side) for side in SIDES])
-        axis.set(ylabel="processor seconds a Gbit delivered", title="TCP listeners, 256 kbit/s")
+def plot(report: Report, path: Path, sides: Sequence[str]) -> None:
+    """Bars: what it costs, and what a receiver waits."""
+    with bench.drawing(path, columns=2) as (cpu, gap):
+        cpu.bar(sides, [cost(report.rows, side) for side in sides])
+        cpu.set(ylabel="processor seconds a Gbit delivered", title="256 kbit/s to each")
+        gaps = [statistics.median(row["longest_gap_ms"] for row in report.rows if row["side"] == side) for side in sides]
+        gap.bar(sides, gaps)
+        gap.set(ylabel="longest gap that a receiver saw, ms", title="a piece comes every 44 ms")
+        for axis in (cpu, gap):
+            axis.tick_params("x", rotation=30)
 
 
 def main() -> int:
@@ -239,8 +250,8 @@ def main() -> int:
     report = Report("peers", CAVEAT, rows)
     report.bars = verdicts(rows)
     if options.plot:
-        plot(report, options.plot)
-    return bench.finish(report, options, [table(rows)])
+        plot(report, options.plot, SIDES)
+    return bench.finish(report, options, [table(rows, SIDES)])
 
 
 if __name__ == "__main__":

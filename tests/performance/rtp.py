@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import statistics
 import struct
 import subprocess
 import sys
@@ -22,11 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from tests.performance import bench, fanout
 from tests.performance.bench import Bar, Report
-from tests.performance.peers import FULL, QUICK, Plan, cost
+from tests.performance.peers import FULL, QUICK, Plan, cost, plot, table
 
 RTPENGINE = "/usr/bin/rtpengine"
 PORTS = (20000, 60000)
@@ -172,24 +169,20 @@ def measure_rtpengine(programs: dict[str, Path], folder: Path, plan: Plan) -> di
         encoder = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         encoder.bind(("127.0.0.1", 0))
         with encoder, fanout.consecutive(socks) as first:
-            port, before = running.publish(encoder.getsockname()[1]), resident(running.process.pid)
+            port, before = running.publish(encoder.getsockname()[1]), fanout.resident(running.process.pid)
             for number, sock in enumerate(socks):
                 running.subscribe(number, sock.getsockname()[1])
-            memory = (resident(running.process.pid) - before) / len(socks)
+            memory = (fanout.resident(running.process.pid) - before) / len(socks)
             encoder.connect(("127.0.0.1", port))
             drain = fanout.start([str(programs["drain"]), str(first), str(len(socks))], first, len(socks))
             spent, begun = fanout.processor_time(running.process.pid), time.monotonic()
             pieces = feed(encoder, plan.seconds)
             time.sleep(0.35)
             spent, took = fanout.processor_time(running.process.pid) - spent, time.monotonic() - begun
-            delivered = sum(int(word) for word in fanout.stop(drain).split())
+            delivered, longest = fanout.received(drain)
     row = {"side": "rtpengine", "sinks": plan.listeners, "seconds": took, "processor_seconds": spent, "memory_per_sink": memory}
-    return {**row, "delivered": delivered, "expected": pieces * fanout.PIECE * plan.listeners}
-
-
-def resident(pid: int) -> int:
-    """Bytes of a process (proc(5), statm)."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    expected = pieces * fanout.PIECE * plan.listeners
+    return {**row, "delivered": delivered, "expected": expected, "longest_gap_ms": longest}
 
 
 def measure(programs: dict[str, Path], folder: Path, plan: Plan) -> list[dict[str, Any]]:
@@ -214,24 +207,6 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Bar]:
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """By side."""
-    shown = Table("", "processor seconds a Gbit", "memory a receiver, bytes", "delivered of expected", title="RTP")
-    for side in SIDES:
-        chosen = [row for row in rows if row["side"] == side]
-        memory = statistics.median(row["memory_per_sink"] for row in chosen)
-        least = min(row["delivered"] / row["expected"] for row in chosen)
-        shown.add_row(side, f"{cost(rows, side):.3f}", f"{memory:,.0f}", f"{least:.3f}")
-    return shown
-
-
-def plot(report: Report, path: Path) -> None:
-    """Bars."""
-    with bench.drawing(path) as (axis,):
-        axis.bar(SIDES, [cost(report.rows, side) for side in SIDES])
-        axis.set(ylabel="processor seconds a Gbit delivered", title="UDP receivers of RTP, 256 kbit/s")
-
-
 def main() -> int:
     """Entry point; the exit status."""
     options = bench.arguments("one RTP stream to many, beside rtpengine")
@@ -241,8 +216,8 @@ def main() -> int:
     report = Report("rtp", CAVEAT, rows)
     report.bars = verdicts(rows)
     if options.plot:
-        plot(report, options.plot)
-    return bench.finish(report, options, [table(rows)])
+        plot(report, options.plot, SIDES)
+    return bench.finish(report, options, [table(rows, SIDES)])
 
 
 if __name__ == "__main__":

@@ -233,13 +233,14 @@ def test_bencode_is_undone(value: rtp.Value) -> None:
 
 
 def test_rtp_verdict(tmp_path: Path) -> None:
-    facts = {"delivered": 1 << 30, "expected": 1 << 30, "memory_per_sink": 9}
+    facts = {"delivered": 1 << 30, "expected": 1 << 30, "memory_per_sink": 9, "longest_gap_ms": 50}
     costs = dict.fromkeys(rtp.SIDES, 2) | {"rtpengine": 4}
     rows: list[dict[str, Any]] = [{"side": side, "processor_seconds": cost, **facts} for side, cost in costs.items()]
     assert [(bar.value, bar.holds) for bar in rtp.verdicts(rows)] == [(2, True), (1, True)]
     rows[0]["delivered"] -= 1
     assert [bar.holds for bar in rtp.verdicts(rows)] == [True, False]
-    rtp.plot(Report("rtp", "none", rows=rows), tmp_path / "plot.png")
+    peers.plot(Report("rtp", "none", rows=rows), tmp_path / "plot.png", rtp.SIDES)
+    assert peers.table(rows, rtp.SIDES).row_count == len(rtp.SIDES)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
