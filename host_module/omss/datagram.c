@@ -52,7 +52,7 @@ static struct dst_entry *route(struct sock *sk, size_t bytes)
 	struct dst_entry *dst = rcu_dereference(sk->sk_dst_cache);
 	bool six;
 
-	if (!dst || dst->xfrm || dst->lwtstate)
+	if (!dst || dst_xfrm(dst) || dst->lwtstate)
 		return NULL;
 	six = dst->ops->family == AF_INET6;
 	if (dst->obsolete && !dst->ops->check(dst, six ? inet6_sk(sk)->dst_cookie : 0))
