@@ -170,16 +170,17 @@ def _precopy(domain: libvirt.virDomain, plan: Plan, on_step: OnStep) -> None:
 
 
 def _watch(domain: libvirt.virDomain, job: _Job, on_step: OnStep, *, until: Callable[[Step], bool] = lambda stats: False) -> None:
-    """To the job's end, or until something is true of its statistics. Its progress is told."""
+    """To the job's end, or until something is true of its statistics (empty: libvirt has none). Its progress is told."""
     told = 0.0
     while not job.over.wait(LOOK_INTERVAL):
+        stats: Step = {}
         with contextlib.suppress(libvirt.libvirtError):
             stats = domain.jobStats()
-            if time.monotonic() - told >= PROGRESS_INTERVAL:
-                told = time.monotonic()
-                on_step({"step": "precopy", **_progress(stats)})
-            if until(stats):
-                return
+        if stats and time.monotonic() - told >= PROGRESS_INTERVAL:
+            told = time.monotonic()
+            on_step({"step": "precopy", **_progress(stats)})
+        if until(stats):
+            return
 
 
 class _Held:
