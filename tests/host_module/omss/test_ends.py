@@ -122,6 +122,7 @@ def test_a_closed_source_gives_its_sinks_back() -> None:
             number = omss.set_source(source.near)
             omss.add_sink(source.near, sink.near)
             feed(source, 0, 20)
+            wait_for(lambda: outcome(sink).sent.bytes == 20 * PIECE, "all of it is on its way")  # what is not is dropped
             source.near.close()
             wait_for(lambda: not omss.sessions(sink.near), "the session has ended")
             refused(errno.ENOENT, omss.status, sink.near, number)
