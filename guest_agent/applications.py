@@ -119,6 +119,14 @@ class Applications:
                 for token in client.transfers:
                     self._transfers.recall(token)
 
+    def returning(self) -> None:
+        """There is a host again that has the files, and takes connections."""
+        self._presence, self._let_go = Presence.RETURNING, False
+        self._asked.clear()
+        for client in list(self._clients):
+            if client.attends:
+                self._tell(client)
+
     def here(self) -> None:
         """Everybody may go on."""
         self._presence = Presence.HERE

@@ -145,6 +145,7 @@ class Departure:
         self.moves = False
         self._go_to(Presence.RETURNING, why)
         self._take_up()
+        self._applications.returning()
         self._task = self._loop.create_task(self._come_back())
 
     async def _come_back(self) -> None:

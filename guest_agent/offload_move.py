@@ -4,6 +4,7 @@
     agent -> application  {"v":1,"presence":"leaving","let_go":true,"look":true,"hello":{...}}  also to one that connects meanwhile
     application -> agent  {"v":1,"op":"let_go_of","id":N}                                       then the share may be unmounted
     agent -> application  {"v":1,"presence":"leaving","let_go":false,"look":false,"hello":{...}}
+    agent -> application  {"v":1,"presence":"leaving","let_go":false,"look":true,"hello":{...}}  there is a host again
     agent -> application  {"v":1,"presence":"here","let_go":false,"look":false,"hello":{...}}
 
 As long as `look` holds the host goes on with what it has, and takes more: it reads the files that this process cannot
@@ -32,6 +33,8 @@ class Attendance:
         self._answer = answer
         self._here = asyncio.Event()
         self._here.set()
+        self._askable = asyncio.Event()
+        self._askable.set()
         self.may_look = False
         self._prefixes: tuple[str, ...] = ()
         self._notices: list[tuple[Notice | None, Notice | None]] = []
@@ -52,6 +55,10 @@ class Attendance:
         while self.away:
             await self._here.wait()
 
+    async def askable(self) -> None:
+        """Until the host can be asked for a file of the share, or it is here."""
+        await self._askable.wait()
+
     def notify(self, on_leave: Notice | None, on_return: Notice | None) -> None:
         """Have both called from now on."""
         self._notices.append((on_leave, on_return))
@@ -63,6 +70,10 @@ class Attendance:
             return
         self._here.clear()
         self.may_look = message.get("look") is True
+        if self.may_look:
+            self._askable.set()
+        else:
+            self._askable.clear()
         self._prefixes = prefixes or self._prefixes
         if message["let_go"] and self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._let_go())
@@ -77,6 +88,7 @@ class Attendance:
         self.may_look = False
         held_files.take_up()
         self._here.set()
+        self._askable.set()
         for _, on_return in self._notices:
             if on_return is not None:
                 task = asyncio.get_running_loop().create_task(_heed(on_return))

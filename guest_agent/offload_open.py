@@ -43,6 +43,7 @@ async def open_file(path: str, *, beneath: str = "/") -> File:
     attendance = offload_asyncio.link().attendance
     while attendance.away and attendance.misses(real := os.path.realpath(path)):
         _check(real, beneath, path)
+        await attendance.askable()
         try:
             fd = await offload_asyncio.link().look(real)
         except OSError as error:
@@ -76,6 +77,7 @@ async def descriptor(hold: HeldFile, *, refused: bool = False) -> int:
     attendance = offload_asyncio.link().attendance
     attendance.let_go_of(hold)
     if hold.away and not refused:
+        await attendance.askable()
         await _stand_in(hold)
         if hold.stand_in >= 0:
             return hold.stand_in

@@ -8,7 +8,7 @@ import errno
 import logging
 import struct
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +55,7 @@ class Transfers:
         self._by_token: dict[str, Transfer] = {}
         self._by_cookie: dict[int, Transfer] = {}
         self._carried: dict[str, Transfer] = {}
+        self._to_stand_by: deque[Transfer] = deque()
         self._came_home: OrderedDict[str, None] = OrderedDict()
         self._host_instance = ""
         self._doubt: asyncio.TimerHandle | None = None
@@ -168,12 +169,22 @@ class Transfers:
         transfer.move(Guest.OUT)
         if transfer.timer is not None:
             transfer.timer.cancel()
-        self._stand_by(transfer)
+        if not self._to_stand_by:
+            self._loop.call_soon(self._stand_by_next)
+        self._to_stand_by.append(transfer)
         transfer.taken()
         if transfer.application_gone:
             self._send({"type": "abort", "token": transfer.token}, b"")
         self.collect_held()
         self._send_held(transfer)
+
+    def _stand_by_next(self) -> None:
+        """One between two looks at everything else: who wants to go out does not wait for those that are."""
+        transfer = self._to_stand_by.popleft()
+        if self._to_stand_by:
+            self._loop.call_soon(self._stand_by_next)
+        if transfer.state is Guest.OUT and self._is_up():
+            self._stand_by(transfer)
 
     def _stand_by(self, transfer: Transfer) -> None:
         """Tell the host whether the connection may come home directly."""

@@ -22,11 +22,11 @@ class Presence(str, Enum):
     LOOSE = "loose"  # no share is mounted; connections are handed out, and the host reads the files
     LEAVING = "leaving"  # none goes out any more, those that are out come home, files are let go
     AWAY = "away"  # nothing is out, no share is mounted
-    RETURNING = "returning"  # shares are being mounted
+    RETURNING = "returning"  # shares are being mounted; connections are handed out, and the host reads the files
 
 
-HANDING_OUT = frozenset({Presence.HERE, Presence.LETTING_GO, Presence.LOOSE})
-"""In these the host takes connections."""
+HANDING_OUT = frozenset({Presence.HERE, Presence.LETTING_GO, Presence.LOOSE, Presence.RETURNING})
+"""In these the host takes connections, if there is one."""
 PRESENCE_MOVES: dict[Presence, frozenset[Presence]] = {
     Presence.HERE: frozenset({Presence.LETTING_GO, Presence.LEAVING}),
     Presence.LETTING_GO: frozenset({Presence.LOOSE, Presence.LEAVING, Presence.RETURNING}),
