@@ -49,5 +49,6 @@ def hand_on(transfer: Transfer, send: Send) -> None:
     except HandoffError:
         unmute(transfer.sock, transfer.snapshot.options.mark)
         raise
-    transfer.expected, transfer.begun = transfer.expect(), time.monotonic()
+    transfer.begun = time.monotonic()
+    transfer.expected = None  # all of them at once would have to stand by, before the first new request: they come home the longer way
     transfer.move(Guest.OFFERED)
