@@ -50,5 +50,5 @@ def hand_on(transfer: Transfer, send: Send) -> None:
         unmute(transfer.sock, transfer.snapshot.options.mark)
         raise
     transfer.begun = time.monotonic()
-    transfer.expected = None  # all of them at once would have to stand by, before the first new request: they come home the longer way
+    transfer.expected = None  # it comes home the longer way: if all of them stood by at once, new requests would have to wait
     transfer.move(Guest.OFFERED)

@@ -30,6 +30,8 @@ BRAKE_AT, HOLD_AT = 1.5, 0.8
 """Seconds of copying before its end, at the speed of each: QEMU is told in time."""
 BRAKED, BRAKED_LIMIT = 4, 2.0
 """A braked migration copies so many times slower, for so many seconds at most: the VM may write as fast."""
+MEASURED = 0.25
+"""Seconds after which QEMU tells the speed of a braked migration."""
 STOP_LIMIT = 0.3
 """Seconds that QEMU has to stop the VM at once; then it goes on as usual."""
 _LONGEST_DOWNTIME = 2_000_000
@@ -56,6 +58,12 @@ class MigrationHold:
         """See above; `stats` of virDomainGetJobStats."""
         self._seen = stats.get("memory_bps", 0)
         self._domain.migrateSetMaxSpeed(max(HOLD_SPEED, self._seen // BRAKED >> 20))
+
+    def is_time(self, stats: dict[str, Any], braked: float) -> bool:
+        """To hold, so many seconds after `brake`. Until QEMU has measured the new speed, what was seen before counts."""
+        if braked < MEASURED:
+            return bool(stats) and bool(stats.get("data_remaining", 0) <= self._seen * HOLD_AT / BRAKED)
+        return braked > BRAKED_LIMIT or seconds_left(stats) <= HOLD_AT
 
     def hold(self) -> None:
         """See above."""

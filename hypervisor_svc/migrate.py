@@ -32,8 +32,6 @@ from hypervisor_svc.domains import DEFAULT_URI, open_connection
 from hypervisor_svc.errors import as_typed
 from hypervisor_svc.hold_migration import (
     BRAKE_AT,
-    BRAKED_LIMIT,
-    HOLD_AT,
     HOLD_SPEED,
     STOP_LIMIT,
     MigrationHold,
@@ -214,8 +212,8 @@ class _Held:
         if job.over.is_set() or not self._tell(self._hold.begin):
             return False
         _watch(self._domain, job, self._on_step, until=self._brake)
-        limit = time.monotonic() + BRAKED_LIMIT
-        _watch(self._domain, job, self._on_step, until=lambda stats: seconds_left(stats) <= HOLD_AT or time.monotonic() > limit)
+        braked = time.monotonic()
+        _watch(self._domain, job, self._on_step, until=lambda stats: self._hold.is_time(stats, time.monotonic() - braked))
         return not job.over.is_set() and self._tell(self._hold.hold)
 
     def _brake(self, stats: Step) -> bool:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from hypervisor_svc.hold_migration import HOLD_SPEED, copies, downtime_of_a_held, seconds_left
+from hypervisor_svc.hold_migration import HOLD_SPEED, MigrationHold, copies, downtime_of_a_held, seconds_left
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,33 @@ def test_how_near_the_end_is(stats: dict[str, int], begun: bool, seconds: float)
 def test_how_long_a_held_vm_may_stand_still(allowed: int, speed: int, milliseconds: int) -> None:
     """As much goes over meanwhile as at the usual speed within the usual time; QEMU has a limit."""
     assert downtime_of_a_held(allowed, speed) == milliseconds
+
+
+class _Domain:
+    """What a hold asks of libvirt, for the arithmetic."""
+
+    def migrateGetMaxDowntime(self) -> int:
+        return 300
+
+    def migrateGetMaxSpeed(self) -> int:
+        return 1000
+
+    def migrateSetMaxSpeed(self, speed: int) -> None:
+        self.speed = speed
+
+
+@pytest.mark.parametrize(
+    ("remaining", "speed", "braked", "time"),
+    [
+        (300, 400, 0.1, False),  # it is still the speed of before
+        (80, 400, 0.1, True),
+        (300, 100, 0.5, False),
+        (80, 100, 0.5, True),
+        (300, 100, 2.1, True),
+    ],
+)
+def test_when_a_braked_migration_is_held(remaining: int, speed: int, braked: float, time: bool) -> None:
+    hold = MigrationHold(_Domain(), 0)
+    hold.brake({"memory_bps": 400 << 20})
+    stats = {"data_total": 1 << 30, "data_remaining": remaining << 20, "memory_bps": speed << 20}
+    assert hold.is_time(stats, braked) is time
