@@ -123,18 +123,14 @@ class Applications:
         """There is a host again that has the files, and takes connections."""
         self._presence, self._let_go = Presence.RETURNING, False
         self._asked.clear()
-        for client in list(self._clients):
-            if client.attends:
-                self._tell(client)
+        self._tell_all()
 
     def here(self) -> None:
         """Everybody may go on."""
         self._presence = Presence.HERE
         self._asked.clear()
         self._looks.clear()
-        for client in list(self._clients):
-            if client.attends:
-                self._tell(client)
+        self._tell_all()
 
     def host_up(self) -> None:
         """What is told to everybody may be another now: the threshold is the host's."""
@@ -149,6 +145,11 @@ class Applications:
         """Until everybody has answered, those too that came meanwhile."""
         while waiting := [answer for answer in self._asked.values() if not answer.done()]:
             await asyncio.wait(waiting)
+
+    def _tell_all(self) -> None:
+        for client in list(self._clients):
+            if client.attends:
+                self._tell(client)
 
     def _tell(self, client: _Client) -> None:
         asked = self.away and self._let_go
