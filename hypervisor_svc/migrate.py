@@ -30,14 +30,7 @@ from guest_agent.handoff.presence import Presence
 from hypervisor_svc.control import ControlError, call
 from hypervisor_svc.domains import DEFAULT_URI, open_connection
 from hypervisor_svc.errors import as_typed
-from hypervisor_svc.hold_migration import (
-    BRAKE_AT,
-    HOLD_SPEED,
-    STOP_LIMIT,
-    MigrationHold,
-    copies,
-    seconds_left,
-)
+from hypervisor_svc.hold_migration import BRAKE_AT, HOLD_SPEED, STOP_LIMIT, MigrationHold, copies, seconds_left
 from hypervisor_svc.leave import DEADLINE, Late, Left
 
 PROGRESS_INTERVAL = 0.1

@@ -50,10 +50,10 @@ int main(int argc, char **argv)
 			}
 			size = recv(first + who, scratch, sizeof(scratch), MSG_DONTWAIT | MSG_TRUNC);
 			if (size > 0) {
-				double gap = got[who] ? now() - last[who] : 0;
+				double at = now(), gap = got[who] ? at - last[who] : 0;
 
 				longest = gap > longest ? gap : longest;
-				last[who] = now();
+				last[who] = at;
 				got[who] += size;
 			} else if (size == 0)
 				epoll_ctl(watch, EPOLL_CTL_DEL, first + who, NULL);
