@@ -46,7 +46,7 @@ class Plan:
 
 
 FULL = {
-    "user": Plan((0, 15, 30, 45, 60, 70, 80, 85, 90, 95), sinks=150, rate=300, seconds=5),
+    "user": Plan((0, 15, 30, 45, 60, 70, 80, 85, 90, 95), sinks=150, rate=400, seconds=5),
     "omss": Plan((0, 30, 60, 80, 90, 95), sinks=150, rate=40, seconds=5),
 }
 QUICK = {"user": Plan((0, 90), sinks=20, rate=100, seconds=1), "omss": Plan((0, 95), sinks=100, rate=40, seconds=2)}
