@@ -46,3 +46,12 @@ def thaw(sock: socket.socket) -> None:
     _setsockopt(sock, socket.IPPROTO_TCP, kernel.TCP_REPAIR, kernel.REPAIR_OFF_NO_PROBE)
     _setsockopt(sock, socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     hold.detach(sock)
+
+
+def probe(sock: socket.socket) -> None:
+    """Ask the peer how far it is and how much it takes: what it said of that may be lost, while nobody had the connection, and it
+    would be asked by a timer only, a fifth of a second later at the least (RFC 9293 section 3.8.6.1). It answers what lies before
+    its window with an ACK (section 3.10.7.4); leaving repair mode sends that (tcp_send_window_probe). Raises OSError."""
+    _setsockopt(sock, socket.IPPROTO_TCP, kernel.TCP_REPAIR, kernel.REPAIR_ON)
+    _setsockopt(sock, socket.IPPROTO_TCP, kernel.TCP_REPAIR, kernel.REPAIR_OFF)
+    _setsockopt(sock, socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

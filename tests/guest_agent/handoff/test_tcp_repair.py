@@ -17,7 +17,7 @@ import pytest
 from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import NotMovable, Reason
 from guest_agent.handoff.extract import check_movable, extract
-from guest_agent.handoff.freeze import freeze, thaw
+from guest_agent.handoff.freeze import freeze, probe, thaw
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.restore import arrive, arrives_at, restore_fresh, restore_in_place, send_unsent
 from guest_agent.handoff.snapshot import Snapshot, after, before_fin
@@ -139,6 +139,32 @@ def test_without_a_hold_packets_are_only_dropped(pair: tuple[socket.socket, sock
     assert not select.select([server], [], [], 0)[0]
     thaw(server)
     exchange_after_loss(server, client)
+
+
+def may_send(server: socket.socket) -> int:
+    """Bytes, as far as the server's end has heard."""
+    freeze(server, None)
+    snapshot = extract(server)
+    thaw(server)
+    return snapshot.window.snd_wnd - len(snapshot.unacked)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_what_the_client_said_to_nobody_is_asked_for(kind: str) -> None:
+    """Its window was shut, and that it opened was lost."""
+    with established(kind, receive_buffer=8192) as (server, client):
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sent = 0
+        while room := may_send(server):
+            sent += server.send(bytes(min(room, 1024)))
+        freeze(server, None)
+        assert len(client.recv(sent, socket.MSG_WAITALL)) == sent
+        thaw(server)
+        assert may_send(server) == 0
+        probe(server)
+        assert may_send(server) >= 1024
+        server.sendall(b"more")
+        assert client.recv(4, socket.MSG_WAITALL) == b"more"
 
 
 def test_in_place_keeps_descriptor_duplicates_and_epoll(
