@@ -28,7 +28,8 @@ DOWNTIME = 1
 """Milliseconds."""
 BRAKE_AT, HOLD_AT = 1.5, 0.8
 """Seconds of copying before its end, at the speed of each: QEMU is told in time."""
-BRAKED, BRAKED_LIMIT = 4, 2.0
+BRAKED = 4
+BRAKED_LIMIT = BRAKED * BRAKE_AT
 """A braked migration copies so many times slower, for so many seconds at most: the VM may write as fast."""
 MEASURED = 0.25
 """Seconds after which QEMU tells the speed of a braked migration."""

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from hypervisor_svc.hold_migration import HOLD_SPEED, MigrationHold, copies, downtime_of_a_held, seconds_left
+from hypervisor_svc.hold_migration import BRAKED_LIMIT, HOLD_SPEED, MigrationHold, copies, downtime_of_a_held, seconds_left
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,8 @@ class _Domain:
         (80, 400, 0.1, True),
         (300, 100, 0.5, False),
         (80, 100, 0.5, True),
-        (300, 100, 2.1, True),
+        (300, 100, BRAKED_LIMIT - 0.1, False),
+        (300, 100, BRAKED_LIMIT + 0.1, True),
     ],
 )
 def test_when_a_braked_migration_is_held(remaining: int, speed: int, braked: float, time: bool) -> None:
