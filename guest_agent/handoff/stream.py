@@ -80,15 +80,19 @@ class Stream:
             self._loop.remove_writer(self._fd)
 
     def _readable(self) -> None:
+        """All that is there, up to READ_SIZE: a virtio port gives a page at a time (virtio_console.c, fill_readbuf)."""
+        room, got, over = memoryview(self._buffer), 0, False
         try:
-            data = bytes(memoryview(self._buffer)[: os.readv(self._fd, [self._buffer])])
+            while got < READ_SIZE and not over:
+                step = os.readv(self._fd, [room[got:]])
+                got, over = got + step, not step
         except (BlockingIOError, InterruptedError):
-            return
+            pass
         except OSError:
-            data = b""
-        if data:
-            self._on_data(data)
-        else:
+            over = True
+        if got:
+            self._on_data(bytes(room[:got]))
+        if over:
             self._lost()
 
     def _lost(self) -> None:
