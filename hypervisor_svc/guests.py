@@ -5,13 +5,11 @@ channel; every refusal is counted per VM with its reason."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.errors import GuestError, HandoffError, HostError, Reason
@@ -22,6 +20,7 @@ from guest_agent.handoff.wire import Established, Event, Header, Message, Violat
 from hypervisor_svc.channel import Channel
 from hypervisor_svc.connection import Connection, Durations, Guest
 from hypervisor_svc.domains import Machine
+from hypervisor_svc.ends import Ends, Recent
 from hypervisor_svc.hand_back import HandBack
 from hypervisor_svc.handoff import Handoff
 from hypervisor_svc.held_packets import HeldPackets
@@ -44,20 +43,8 @@ from hypervisor_svc.splice_user import UserEngine
 
 log = logging.getLogger("streamlift.guests")
 
-RETURN_LIMIT = 30.0
-"""Seconds that a frozen copy waits for the guest to restore it before the host ends the connection."""
-STAND_BY_LIMIT = 0.2
-"""Seconds that a finished transfer waits for the guest's place-holder; it then goes home the longer way."""
 MEASURE_INTERVAL = 1.0
 """Seconds over which a VM's rate is measured."""
-LINGER = 60.0
-"""Seconds that the redirect of a connection which the host closed stays at most, while its last packets pass."""
-LINGER_INTERVAL = 0.5
-HOMEWARD = 8
-"""Connections of relays that are sent home between two looks at everything else."""
-_REMEMBERED = 8192
-"""How many transfers that are over are remembered, for an agent that was restarted and asks."""
-T = TypeVar("T")
 
 
 class Limits:
@@ -92,25 +79,28 @@ class Guests:
         self._about, self._limits = about, limits
         self._held = HeldPackets(keep, injector)
         self._handoff = Handoff(backend, redirect, keep, self.durations)
-        self._hand_back = HandBack(backend, redirect, keep, injector, self.durations, collect=self._held.collect)
+        self.ends = Ends(
+            HandBack(backend, redirect, keep, injector, self.durations, collect=self._held.collect),
+            self._held,
+            self.durations,
+            stop=self._stop,
+            alone=self._alone,
+        )
         self.schedule = Schedule()
-        self._server = Server(self.schedule, quantum=quantum, on_finished=self._finished, on_gone=self._client_gone)
+        self._server = Server(self.schedule, quantum=quantum, on_finished=self.ends.finished, on_gone=self.ends.client_gone)
         self._user_engine = UserEngine(self.schedule)
         self._engine = choose(relay_engine, self._user_engine)
         self.relays = Relays(
             self._engine,
             self._user_engine,
             relay_limits,
-            on_home=self._go_home,
-            on_gone=self._client_gone,
-            on_lagged=self._lagged,
+            on_home=self.ends.go_home,
+            on_gone=self.ends.client_gone,
+            on_lagged=self.ends.lagged,
         )
-        self._words = (RelayWords(self.relays, go_home=self._finished), LookWords())
-        self._homeward: deque[Connection] = deque()
-        self._kept: set[Connection] = set()
+        self._words = (RelayWords(self.relays, go_home=self.ends.finished), LookWords())
         self._by_uuid: dict[str, Guest] = {}
-        self._offered_flows: OrderedDict[str, Flow] = OrderedDict()
-        self._over: OrderedDict[str, Header] = OrderedDict()
+        self._offered_flows: Recent[Flow] = Recent()
         self._started = self._loop.time()
         self._measure()
 
@@ -167,8 +157,8 @@ class Guests:
         """Stop everything; what is still out is ended."""
         for uuid in list(self._by_uuid):
             self.machine_down(uuid)
-        for connection in list(self._kept):
-            self._end(connection)
+        for connection in list(self.ends.kept):
+            self.ends.end(connection)
         self._server.close()
         if self._engine is not self._user_engine:
             self._engine.close()
@@ -184,7 +174,7 @@ class Guests:
             if connection.reason is None:
                 connection.reason, connection.message = reason, "the host gives the connection back"
             self._stop(connection)
-            self._go_home(connection)
+            self.ends.go_home(connection)
         return len(chosen)
 
     # A VM that leaves. The order of its steps is in `leave.py`.
@@ -201,30 +191,10 @@ class Guests:
 
     def keep(self, connection: Connection) -> bool:
         """The rest of a file is sent from here, whoever was to have the connection; False if that is not to be."""
-        if isinstance(connection.job, RelayJob) or connection.direct:
-            return False
-        if connection.state is Host.RETURNING:
-            try:
-                self._hand_back.take_again(connection)
-            except (HandoffError, OSError):
-                return False
-        self._tell_failed(connection, errno.ECONNABORTED, Reason.KEPT, "the host that the VM left sends the rest and closes")
-        connection.kept = True
-        connection.guest.counters["kept"] += 1
-        connection.guest.connections.pop(connection.token, None)
-        self._kept.add(connection)
-        with contextlib.suppress(ValueError):
-            self._homeward.remove(connection)
-        if connection.timer is not None:
-            connection.timer.cancel()
-        self._server.add(connection)
-        return True
-
-    def end_late(self, connection: Connection) -> None:
-        """One that did not come home in time."""
-        self._recall(connection)
-        self._end(connection)
-        self._tell_failed(connection, errno.ECONNRESET, Reason.TIMED_OUT, "the connection did not come home before the VM left")
+        kept = self.ends.keep(connection)
+        if kept:
+            self._server.add(connection)
+        return kept
 
     def _stop(self, connection: Connection) -> None:
         """Send nothing more; idempotent."""
@@ -270,17 +240,21 @@ class Guests:
     def _down(self, guest: Guest) -> None:
         """The channel is lost. Transfers go on; what nobody claims in time is ended."""
         guest.changed()
+        self._alone(guest)
+
+    def _alone(self, guest: Guest) -> None:
+        """Soon it has to be back."""
         self._loop.call_later(self._limits.orphan_timeout, self._end_orphans, guest)
 
     def _end_orphans(self, guest: Guest) -> None:
         if guest.channel is not None and guest.channel.state == "hello":
             return
         if guest.paused:
-            self._loop.call_later(self._limits.orphan_timeout, self._end_orphans, guest)
+            self._alone(guest)
             return
         for connection in list(guest.connections.values()):
             if connection.finished or connection.state is Host.RETURNING:
-                self._end(connection)
+                self.ends.end(connection)
 
     def _another_life(self, guest: Guest, *, rebooted: bool) -> None:
         """Another life of the agent does not know for whom it opened relays. Their connections go home, to those who ask for them.
@@ -294,8 +268,8 @@ class Guests:
     def _end_all(self, guest: Guest) -> None:
         """Nobody is left who could take its connections back."""
         for connection in list(guest.connections.values()):
-            self._recall(connection)
-            self._end(connection)
+            self.ends.recall(connection)
+            self.ends.end(connection)
 
     def _say_again(self, guest: Guest) -> None:
         """The channel was cut: whether the guest heard that these come home, or we that they did, nobody knows."""
@@ -335,7 +309,7 @@ class Guests:
             raise GuestError(Reason.DUPLICATE, "a transfer with this token is under way")
         check_flow(job.snapshot, guest.machine.addresses)
         flow = Flow(client=job.snapshot.peer, server=job.snapshot.local)
-        self._remember(self._offered_flows, job.token, flow)
+        self._offered_flows[job.token] = flow
         if any(other.flow == flow for other in guest.connections.values()):
             raise GuestError(Reason.DUPLICATE, f"the host has this connection already: {flow.client}")
         if guest.draining:
@@ -362,8 +336,8 @@ class Guests:
             self._handoff.commit(connection)
         except HandoffError as error:
             connection.reason, connection.message = error.reason, str(error)
-            self._end(connection)
-            self._tell_failed(connection, error.errno or errno.EIO)
+            self.ends.end(connection)
+            self.ends.tell_failed(connection, error.errno or errno.EIO)
             return
         if isinstance(connection.job, RelayJob):
             self._relay(connection)
@@ -376,7 +350,7 @@ class Guests:
             self.relays.take(connection)
         except HandoffError as error:
             connection.reason, connection.message = error.reason, str(error)
-            self._finished(connection)
+            self.ends.finished(connection)
 
     def _on_standing_by(self, guest: Guest, header: Header, body: bytes) -> None:
         connection = guest.connections.get(read_token(header))
@@ -384,7 +358,7 @@ class Guests:
             return
         connection.ready = header.get("ready") is True
         if connection.waits_for_guest:
-            self._finished(connection)
+            self.ends.finished(connection)
 
     def _on_recall(self, guest: Guest, header: Header, body: bytes) -> None:
         """Its application has to let go of the file, and cannot be asked as long as the transfer goes on."""
@@ -394,26 +368,19 @@ class Guests:
         connection = guest.connections.get(read_token(header))
         if connection is not None and not connection.direct:
             connection.reason, connection.message = Reason.APPLICATION_GONE, "the application is gone"
-            self._end(connection)
-            self._tell_failed(connection, errno.ECONNRESET)
+            self.ends.end(connection)
+            self.ends.tell_failed(connection, errno.ECONNRESET)
 
     def _on_restored(self, guest: Guest, header: Header, body: bytes) -> None:
-        if read_token(header) in self._over:
+        if read_token(header) in self.ends.over:
             return  # said twice, after the channel was cut
-        connection = self._returning(guest, header)
-        if not connection.direct:
-            self._hand_back.unredirect(connection)
-        self._held.collect()  # after the last packet that can have come to our copy
-        self._forget(connection)
-        self._remember(self._over, connection.token, self._hand_back.release(connection))
-        guest.counters["handed_back"] += 1
-        self.durations.add("whole", self._loop.time() - connection.started)
+        self.ends.restored(self._returning(guest, header))
 
     def _on_restore_failed(self, guest: Guest, header: Header, body: bytes) -> None:
         connection = self._returning(guest, header)
         connection.reason, connection.message = Reason.RESTORE_FAILED, str(header.get("message", ""))[:200]
-        self._recall(connection)
-        self._end(connection)
+        self.ends.recall(connection)
+        self.ends.end(connection)
 
     def _returning(self, guest: Guest, header: Header) -> Connection:
         connection = guest.connections.get(read_token(header))
@@ -434,7 +401,7 @@ class Guests:
         token = read_token(header)
         connection = guest.connections.get(token)
         if connection is None:
-            over = self._over.get(token)
+            over = self.ends.over.get(token)
             if over is not None:
                 guest.send(over)
             else:
@@ -442,15 +409,15 @@ class Guests:
             return
         if connection.direct and header.get("frozen") is False:
             self._on_restored(guest, header, body)
-            guest.send(self._over[token])
+            guest.send(self.ends.over[token])
             return
         guest.send({"type": "taken", "token": token})
         if connection.parting is not None:
             if header.get("standing_by") is not True:
-                self._recall(connection)
+                self.ends.recall(connection)
             guest.send(*connection.parting)
         elif connection.finished:
-            self._finished(connection)
+            self.ends.finished(connection)
 
     def _never_had(self, header: Header) -> HandoffError:
         """Of a transfer that is older than this service nobody knows what became."""
@@ -473,131 +440,3 @@ class Guests:
         elif state is Presence.AWAY and not guest.call:
             guest.send({"type": "return"})  # it left in a former life, and was restored or moved here
         guest.changed()
-
-    # What becomes of a connection.
-
-    def _finished(self, connection: Connection) -> None:
-        """Sent and acknowledged, or stopped: it goes home, if there is a home."""
-        guest = connection.guest
-        if connection.state is not Host.SERVING:
-            return
-        if connection.kept:
-            self._close(connection)
-            return
-        if guest.channel is None or guest.channel.state != "hello":
-            self._loop.call_later(self._limits.orphan_timeout, self._end_orphans, guest)
-            connection.finished = True
-            return
-        if connection.ready is None and connection.reason is None:
-            self._wait_for_guest(connection)
-            return
-        if connection.timer is not None:
-            connection.timer.cancel()
-        try:
-            self._hand_back.hand_back(connection)
-        except (HandoffError, OSError) as error:
-            log.info("%s: %s cannot go home: %s", guest.machine.name, connection.flow.client, error)
-            self._client_gone(connection, error.errno or errno.ECONNRESET)
-            return
-        connection.timer = self._loop.call_later(RETURN_LIMIT, self._never_came_home, connection)
-
-    def _go_home(self, connection: Connection) -> None:
-        """Soon: a relay's end sends thousands home, and others want to be served meanwhile."""
-        if not self._homeward:
-            self._loop.call_soon(self._send_some_home)
-        self._homeward.append(connection)
-
-    def _send_some_home(self) -> None:
-        for _ in range(min(HOMEWARD, len(self._homeward))):
-            self._finished(self._homeward.popleft())
-        if self._homeward:
-            self._loop.call_soon(self._send_some_home)
-
-    def _wait_for_guest(self, connection: Connection) -> None:
-        """Its place-holder is about to stand by: that takes less time than the longer way home."""
-        if connection.waits_for_guest:
-            return
-        connection.waits_for_guest = True
-        connection.timer = self._loop.call_later(STAND_BY_LIMIT, self._waited_enough, connection)
-
-    def _waited_enough(self, connection: Connection) -> None:
-        if connection.state is Host.SERVING and connection.ready is None:
-            connection.ready = False
-            self._finished(connection)
-
-    def _recall(self, connection: Connection) -> None:
-        """Best effort: where the redirect fails, the connection is the guest's alone."""
-        with contextlib.suppress(OSError, HandoffError):
-            self._hand_back.recall(connection)
-
-    def _never_came_home(self, connection: Connection) -> None:
-        if connection.guest.paused:
-            connection.timer = self._loop.call_later(RETURN_LIMIT, self._never_came_home, connection)
-        elif connection.state is Host.RETURNING:
-            log.warning("%s: %s was never taken back", connection.guest.machine.name, connection.token)
-            connection.guest.refused[Reason.TIMED_OUT.value] += 1
-            connection.reason = Reason.TIMED_OUT
-            self._end(connection)
-
-    def _client_gone(self, connection: Connection, number: int) -> None:
-        """The connection is dead (reset, timed out), or beyond our help: then the kernel closes it as for a dead process."""
-        self._recall(connection)
-        connection.reason = Reason.PEER_GONE
-        self._close(connection)
-        connection.guest.counters["failed"] += 1
-        self._tell_failed(connection, number)
-
-    def _lagged(self, connection: Connection) -> None:
-        """It fell too far behind its relay, and is ended: its client has a hole in its stream otherwise."""
-        connection.reason, connection.message = Reason.LAGGED, "the client did not keep up with the stream"
-        self._end(connection)
-        self._tell_failed(connection, errno.ETIMEDOUT)
-
-    def _tell_failed(self, connection: Connection, number: int, reason: Reason | None = None, message: str = "") -> None:
-        if connection.kept:
-            return  # it was told
-        failure = {
-            "type": "failed",
-            "token": connection.token,
-            "errno": number,
-            "reason": (reason or connection.reason or Reason.PEER_GONE).value,
-            "message": message or connection.message or "the client is gone",
-            "sent": connection.sent,
-        }
-        self._remember(self._over, connection.token, failure)
-        connection.guest.send(failure)
-
-    def _end(self, connection: Connection) -> None:
-        """Nobody can take it back."""
-        connection.guest.counters["ended"] += 1
-        self._close(connection)
-
-    def _close(self, connection: Connection) -> None:
-        """As the kernel does for a process that dies; the redirect goes when the last packet has passed."""
-        connection.guest.lost[(connection.reason or Reason.APPLICATION_GONE).value] += 1
-        self._stop(connection)
-        self._forget(connection)
-        with contextlib.suppress(OSError, HandoffError):
-            self._hand_back.end(connection)
-        connection.close()
-        self._linger(connection, self._loop.time() + LINGER)
-
-    def _linger(self, connection: Connection, until: float) -> None:
-        """Keep the redirect until the kernel has closed the connection with the client."""
-        if self._hand_back.is_closing(connection) and self._loop.time() < until:
-            self._loop.call_later(LINGER_INTERVAL, self._linger, connection, until)
-        else:
-            self._hand_back.forget(connection)
-
-    def _remember(self, memory: OrderedDict[str, T], token: str, value: T) -> None:
-        memory[token] = value
-        if len(memory) > _REMEMBERED:
-            memory.popitem(last=False)
-
-    def _forget(self, connection: Connection) -> None:
-        connection.guest.connections.pop(connection.token, None)
-        connection.guest.changed()
-        self._kept.discard(connection)
-        self._held.remove(connection)
-        if connection.timer is not None:
-            connection.timer.cancel()

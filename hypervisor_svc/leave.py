@@ -139,7 +139,7 @@ def _too_late(guests: Guests, connection: Connection, late: Late) -> Late:
     """What becomes of it."""
     if late is Late.FINISH and guests.keep(connection):
         return Late.FINISH
-    guests.end_late(connection)
+    guests.ends.end_late(connection)
     return Late.RESET
 
 
