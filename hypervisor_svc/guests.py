@@ -114,12 +114,12 @@ class Guests:
 
     # VMs come and go.
 
-    def machine_up(self, machine: Machine) -> None:
-        """A VM with our channel runs, or has changed: connect to it, unless its channel is the one that we have."""
+    def machine_up(self, machine: Machine) -> bool:
+        """A VM with our channel runs, or has changed: connect to it, unless its channel is the one that we have (False)."""
         known = self._by_uuid.get(machine.uuid)
         if known is not None and known.machine.channel_path == machine.channel_path:
             known.machine = machine  # what is out stays out
-            return
+            return False
         self.machine_down(machine.uuid)
         guest = Guest(machine)
         guest.channel = Channel(
@@ -131,6 +131,7 @@ class Guests:
         )
         self._by_uuid[machine.uuid] = guest
         guest.channel.start()
+        return True
 
     def machine_down(self, uuid: str) -> None:
         """The VM is gone, and with it everybody who could take its connections back: they are ended."""
