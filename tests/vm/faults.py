@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults from outside the product, for tests."""
+"""Faults from outside the product, for tests.
+
+    python -m tests.vm.faults PID SOCKET      cut_connection, in the PID namespace of the process"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import socket
+import sys
 from pathlib import Path
 
 _PIDFD_GETFD = 438
@@ -36,3 +39,7 @@ def _is_connected_to(handle: int, number: int, peer: str) -> bool:
             sock.shutdown(socket.SHUT_RDWR)
             return True
     return False
+
+
+if __name__ == "__main__":
+    cut_connection(int(sys.argv[1]), sys.argv[2])

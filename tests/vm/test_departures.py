@@ -117,7 +117,9 @@ def assert_ended(machine: Moving, found: Found) -> None:
 def test_reboot(machine: Moving) -> None:
     """The guest's kernel ends its connections, and the host those that it has."""
     with machine.watched(Crowd(segments=6, rate=250_000)) as watchers:
+        hellos = machine.here.log.read_text().count("answers")
         machine.in_guest("systemctl reboot", wait=False)
+        wait_for(lambda: machine.here.log.read_text().count("answers") > hellos, seconds=100, what="the next life's hello")
         machine.wait_ready()
         found = watchers.stop()
     assert len(found.faults) == 6

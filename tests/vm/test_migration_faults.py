@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
@@ -14,10 +15,9 @@ import pytest
 
 from hypervisor_svc.attach import channel_path
 from tests.audience import Crowd
-from tests.vm.faults import cut_connection
 from tests.vm.libvirt_host import wait_for
 from tests.vm.moving import Moving, assert_unharmed, moving
-from tests.vm.product import Product
+from tests.vm.product import ROOT, Product
 from tests.vm.two_hosts import TwoHosts
 
 pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.long, pytest.mark.timeout(600)]
@@ -140,8 +140,8 @@ def _channel(machine: Moving) -> str:
 
 def stop_in_the_drain(machine: Moving) -> subprocess.Popen[str]:
     """Move, with an agent that stands still once it has let go: else the drain might be over before anybody can kill. Everything
-    is on its way home, and nothing has arrived."""
-    process, source = machine.begin(*SLOWLY), machine.here
+    is on its way home, and nothing has arrived. An emulated VM needs seconds to start another agent."""
+    process, source = machine.begin(*SLOWLY, "--deadline", "60"), machine.here
     wait_present(source, "loose")
     machine.in_guest(f"{SIGNAL} STOP streamlift-agent")
 
