@@ -174,8 +174,8 @@ class Service:
         priority = self._config.policy.vm_priority.get(machine.name, machine.priority)
         self._redirect.place(machine.addresses, machine.bridge)
         if self._guests.machine_up(dataclasses.replace(machine, priority=priority)) and machine.share is not None:
-            first, itself = as_typed(f"leave {machine.name}"), as_typed(f"migrate {machine.name} DESTINATION")
-            log.info("%s: QEMU neither moves nor saves it while its share is mounted: '%s' before, or '%s'", machine.name, first, itself)
+            ways = as_typed(f"leave {machine.name}"), as_typed(f"migrate {machine.name} DESTINATION")
+            log.info("%s: QEMU neither moves nor saves it while its share is mounted: '%s' before, or '%s'", machine.name, *ways)
 
     async def _drain(self) -> None:
         """Before the end: everything that is out goes home, within DRAIN_LIMIT."""

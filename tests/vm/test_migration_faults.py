@@ -129,7 +129,8 @@ def test_the_channel_is_cut(machine: Moving) -> None:
         source, channel = machine.here, _channel(machine)
         process = machine.begin(*SLOWLY)
         wait_present(source, "loose")
-        cut_connection(source.ask("status")["pid"], channel)
+        service = str(source.ask("status")["pid"])
+        source.host.run("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "tests.vm.faults", service, channel)
         machine.end(process)
 
 
