@@ -252,15 +252,24 @@ class Transfers:
     # What happens to a transfer.
 
     def _come_home(self, transfer: Transfer) -> None:
-        """The host let go: thaw, and send after it what came while we were frozen."""
+        """The host let go."""
+        if self._thaw(transfer):
+            self._remember_home(transfer)
+            self._give_back(transfer)
+
+    def _thaw(self, transfer: Transfer) -> bool:
+        """Whether it lives on here."""
         try:
             take_back.thaw(transfer, self._backend)
         except (HandoffError, OSError) as error:
             self._bury(transfer, Outcome("failed", 0, Reason.RESTORE_FAILED, str(error), errno.ECONNRESET))
-            return
+            return False
+        return True
+
+    def _give_back(self, transfer: Transfer) -> None:
+        """It is thawed. What came while it was frozen is sent after it; then it is the application's."""
         self.collect_held()
         self._forget(transfer)
-        self._remember_home(transfer)
         self._send_held(transfer)
         if transfer.closed:
             take_back.await_fin(self._loop, transfer.sock, lambda: self._finish(transfer, transfer.outcome))
@@ -294,10 +303,10 @@ class Transfers:
             self._offered(transfer)
 
     def _put_down(self, transfer: Transfer) -> None:
-        """The application goes on with it."""
+        """The application goes on with it. That it came home was said when it was packed."""
         del self._carried[transfer.token]
-        self.counters["handed_back"] -= 1  # it was counted when it was packed
-        self._come_home(transfer)
+        if self._thaw(transfer):
+            self._give_back(transfer)
 
     def _undo(self, transfer: Transfer, reason: Reason, message: str) -> None:
         self.collect_held()
