@@ -32,6 +32,8 @@ LET_GO_LIMIT = 5.0
 """Seconds that the guest's applications have to let go of their files."""
 ANSWER_LIMIT = 5.0
 """Seconds beyond that until an agent that says nothing counts as gone."""
+CHANNEL_LIMIT = 2.0
+"""Seconds that a channel that was cut has to come back."""
 RETURN_LIMIT = 30.0
 
 
@@ -89,14 +91,21 @@ async def leave(guests: Guests, guest: Guest, *, deadline: float = DEADLINE, lat
 @contextlib.asynccontextmanager
 async def _or_back(guests: Guests, guest: Guest) -> AsyncIterator[None]:
     """If the block fails, the VM comes back."""
-    if guest.channel is None or guest.channel.state != "hello":
-        raise LeaveError(f"the agent in {guest.machine.name} does not answer", "in the guest: systemctl status streamlift-agent")
+    await _answer(guest)
     try:
         yield
     except BaseException:
         guests.take_again(guest)
         guest.send({"type": "return"})
         raise
+
+
+async def _answer(guest: Guest) -> None:
+    """Until the agent answers; the channel may have been cut a moment ago. Raises LeaveError."""
+    until = time.monotonic() + CHANNEL_LIMIT
+    while guest.channel is None or guest.channel.state != "hello":
+        if guest.gone or not await guest.news(max(0.0, until - time.monotonic())):
+            raise LeaveError(f"the agent in {guest.machine.name} does not answer", "in the guest: systemctl status streamlift-agent")
 
 
 async def _leave(guests: Guests, guest: Guest, left: Left, deadline: float, late: Late) -> None:

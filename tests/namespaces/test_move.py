@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,37 @@ def test_a_live_stream_goes_on_at_the_other_host(hosts: TwoHosts, content_type: 
             out(hosts, count + 1)
         sender.join()
         _send(source, halves[1])
+        source.shutdown(socket.SHUT_WR)
+        for reader in readers:
+            reader.join(20)
+    for reader in readers:
+        assert bytes(reader.data) == body
+
+
+@pytest.mark.parametrize("cut", ["while_it_serves", "while_it_leaves"])
+def test_a_live_stream_whose_channel_is_cut_on_the_way(hosts: TwoHosts, cut: str) -> None:
+    """While memory is copied, and while everything comes home."""
+    count, body = 8, b"".join(stream(300))
+    with encoder(hosts, "/film", "video/mp2t") as source:
+        out(hosts, 1)
+        readers = listeners(hosts, "/film", count)
+        out(hosts, count + 1)
+        sender = threading.Thread(target=_send, args=(source, body))
+        sender.start()
+        hosts.host.call("leave", only="share")
+        if cut == "while_it_serves":
+            hosts.cut()
+            wait_for(lambda: hosts.host.machine()["channel"] == "hello", "the channel is back")
+            hosts.host.call("leave")
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                leaving = pool.submit(hosts.host.call, "leave")
+                time.sleep(0.01)
+                hosts.cut()
+                leaving.result()
+        hosts.move()
+        out(hosts, count + 1)
+        sender.join()
         source.shutdown(socket.SHUT_WR)
         for reader in readers:
             reader.join(20)

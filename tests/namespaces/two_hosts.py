@@ -74,11 +74,15 @@ class TwoHosts:
         """The guest's port appears at its host."""
         (self.host.folder / "port.sock").symlink_to(self.folder / "port.sock")
 
+    def cut(self) -> None:
+        """Close the port at the host; it may open it again."""
+        with socket.socket(socket.AF_UNIX) as another:
+            another.connect(str(self.folder / "port.sock"))
+
     def move(self) -> None:
         """The guest's end of a migration: its port and its address are at the other host afterwards."""
         (self.host.folder / "port.sock").unlink()
-        with socket.socket(socket.AF_UNIX) as another:  # the port is closed at the host that is left
-            another.connect(str(self.folder / "port.sock"))
+        self.cut()  # the port is closed at the host that is left
         self.host.where.run("ip", "link", "set", "hg", "netns", self.other.where.name)
         self.here = self.other.name
         _connect_guest(self.host.where)
