@@ -107,7 +107,7 @@ def test_no_service_at_the_destination(machine: Moving) -> None:
 
 def test_the_destinations_service_dies_meanwhile(machine: Moving) -> None:
     with survived(machine):
-        source, target, process = machine.here, machine.there, machine.begin(*SLOWLY)
+        source, target, process = machine.here, machine.there, machine.begin(*STEADILY)
         wait_present(source, "loose")
         target.kill()
         machine.end(process)
