@@ -105,7 +105,8 @@ async def _answer(guest: Guest) -> None:
     until = time.monotonic() + CHANNEL_LIMIT
     while guest.channel is None or guest.channel.state != "hello":
         if guest.gone or not await guest.news(max(0.0, until - time.monotonic())):
-            raise LeaveError(f"the agent in {guest.machine.name} does not answer", "in the guest: systemctl status streamlift-agent")
+            silent = f"the agent in {guest.machine.name} does not answer"
+            raise LeaveError(silent, "in the guest: systemctl status streamlift-agent")
 
 
 async def _leave(guests: Guests, guest: Guest, left: Left, deadline: float, late: Late) -> None:

@@ -24,8 +24,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.long, pytest.mark.ti
 
 CROWD = Crowd(segments=6, lives=3, files=3)
 SLOWLY, STEADILY = ("--bandwidth", "16"), ("--bandwidth", "128")
-"""So many MiB a second: there is time for a fault. A migration that goes on to its end is no slower than it must be (README.md: what
-an emulator's memory loses)."""
+"""So many MiB a second: there is time for a fault. A migration that goes on to its end is no slower than it must be (README.md:
+what an emulator's memory loses)."""
 SIGNAL = "systemctl kill --signal"
 
 
