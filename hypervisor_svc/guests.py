@@ -197,6 +197,10 @@ class Guests:
             self._server.add(connection)
         return kept
 
+    def end_late(self, connection: Connection) -> None:
+        """The opposite: it did not come home in time."""
+        self.ends.end_late(connection)
+
     def _stop(self, connection: Connection) -> None:
         """Send nothing more; idempotent."""
         self._server.remove(connection)

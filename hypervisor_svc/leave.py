@@ -149,7 +149,7 @@ def _too_late(guests: Guests, connection: Connection, late: Late) -> Late:
     """What becomes of it."""
     if late is Late.FINISH and guests.keep(connection):
         return Late.FINISH
-    guests.ends.end_late(connection)
+    guests.end_late(connection)
     return Late.RESET
 
 
