@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections import OrderedDict
 from collections.abc import Callable
 
+from guest_agent.handoff.recent import Recent
 from guest_agent.handoff.wire import Header
 from guest_agent.share import SharedFile
 
@@ -33,7 +33,7 @@ class Looks:
     def __init__(self, *, send: Callable[[Header, bytes], None]) -> None:
         self._send = send
         self._asked: dict[str, tuple[str, bool, Answer]] = {}
-        self._seen: OrderedDict[tuple[int, int], SharedFile] = OrderedDict()
+        self._seen: Recent[tuple[int, int], SharedFile] = Recent(_REMEMBERED)
 
     def ask(self, path: object, shares: tuple[str, ...], *, everything: bool, answer: Answer) -> None:
         """`everything`: the asker may read all files. Raises ValueError for what is no path."""
@@ -74,8 +74,6 @@ class Looks:
         try:
             facts = os.fstat(given)
             self._seen[facts.st_dev, facts.st_ino] = file
-            if len(self._seen) > _REMEMBERED:
-                self._seen.popitem(last=False)
             answer(0, given)
         finally:
             os.close(given)

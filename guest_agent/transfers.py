@@ -8,7 +8,7 @@ import errno
 import logging
 import struct
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +19,7 @@ from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.errors import GuestError, HandoffError, NotMovable, Reason
 from guest_agent.handoff.freeze import is_frozen
 from guest_agent.handoff.hold import Hold
+from guest_agent.handoff.recent import Recent
 from guest_agent.handoff.segment import is_intact, is_stale
 from guest_agent.handoff.state import Guest, move_guest
 from guest_agent.handoff.wire import Header
@@ -56,7 +57,7 @@ class Transfers:
         self._by_cookie: dict[int, Transfer] = {}
         self._carried: dict[str, Transfer] = {}
         self._to_stand_by: deque[Transfer] = deque()
-        self._came_home: OrderedDict[str, None] = OrderedDict()
+        self._came_home: Recent[str, None] = Recent(_REMEMBERED)
         self._host_instance = ""
         self._doubt: asyncio.TimerHandle | None = None
         self.counters: Counter[str] = Counter()
@@ -279,8 +280,6 @@ class Transfers:
     def _remember_home(self, transfer: Transfer) -> None:
         self.counters["handed_back"] += 1
         self._came_home[transfer.token] = None
-        if len(self._came_home) > _REMEMBERED:
-            self._came_home.popitem(last=False)
 
     def _carry(self, transfer: Transfer) -> None:
         """Home, and on its way to the next host (`carry.py`)."""

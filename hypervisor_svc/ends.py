@@ -14,11 +14,11 @@ import asyncio
 import contextlib
 import errno
 import logging
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
-from typing import TypeVar
 
 from guest_agent.handoff.errors import HandoffError, Reason
+from guest_agent.handoff.recent import Recent
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Header
 from hypervisor_svc.connection import Connection, Durations, Guest
@@ -38,16 +38,7 @@ LINGER_INTERVAL = 0.5
 HOMEWARD = 8
 """Connections of relays that are sent home between two looks at everything else."""
 REMEMBERED = 8192
-T = TypeVar("T")
-
-
-class Recent(OrderedDict[str, T]):
-    """The last REMEMBERED of something, by token."""
-
-    def __setitem__(self, token: str, value: T) -> None:
-        super().__setitem__(token, value)
-        if len(self) > REMEMBERED:
-            self.popitem(last=False)
+"""Connections that are over, for an agent that was restarted and asks."""
 
 
 class Ends:
@@ -67,7 +58,7 @@ class Ends:
         self._loop = asyncio.get_running_loop()
         self._homeward: deque[Connection] = deque()
         self.kept: set[Connection] = set()
-        self.over: Recent[Header] = Recent()
+        self.over: Recent[str, Header] = Recent(REMEMBERED)
 
     # Home.
 

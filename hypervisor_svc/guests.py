@@ -15,12 +15,13 @@ from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.errors import GuestError, HandoffError, HostError, Reason
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.presence import Presence
+from guest_agent.handoff.recent import Recent
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Established, Event, Header, Message, Violation
 from hypervisor_svc.channel import Channel
 from hypervisor_svc.connection import Connection, Durations, Guest
 from hypervisor_svc.domains import Machine
-from hypervisor_svc.ends import Ends, Recent
+from hypervisor_svc.ends import REMEMBERED, Ends
 from hypervisor_svc.hand_back import HandBack
 from hypervisor_svc.handoff import Handoff
 from hypervisor_svc.held_packets import HeldPackets
@@ -100,7 +101,7 @@ class Guests:
         )
         self._words = (RelayWords(self.relays, go_home=self.ends.finished), LookWords())
         self._by_uuid: dict[str, Guest] = {}
-        self._offered_flows: Recent[Flow] = Recent()
+        self._offered_flows: Recent[str, Flow] = Recent(REMEMBERED)
         self._started = self._loop.time()
         self._measure()
 
