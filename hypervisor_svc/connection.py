@@ -77,6 +77,11 @@ class Guest:
                 future.set_result(None)
 
     @property
+    def hears(self) -> bool:
+        """Whether its agent answers, and can be told something."""
+        return self.channel is not None and self.channel.state == "hello"
+
+    @property
     def backend(self) -> str:
         """How its agent moves sockets (`guest_agent/handoff/backend.py`)."""
         backends = self.hello.get("backends")

@@ -70,7 +70,7 @@ class Ends:
         if connection.kept:
             self._close(connection)
             return
-        if guest.channel is None or guest.channel.state != "hello":
+        if not guest.hears:
             self._alone(guest)
             connection.finished = True
             return

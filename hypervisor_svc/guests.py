@@ -253,7 +253,7 @@ class Guests:
         self._loop.call_later(self._limits.orphan_timeout, self._end_orphans, guest)
 
     def _end_orphans(self, guest: Guest) -> None:
-        if guest.channel is not None and guest.channel.state == "hello":
+        if guest.hears:
             return
         if guest.paused:
             self._alone(guest)

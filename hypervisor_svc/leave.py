@@ -103,7 +103,7 @@ async def _or_back(guests: Guests, guest: Guest) -> AsyncIterator[None]:
 async def _answer(guest: Guest) -> None:
     """Until the agent answers; the channel may have been cut a moment ago. Raises LeaveError."""
     until = time.monotonic() + CHANNEL_LIMIT
-    while guest.channel is None or guest.channel.state != "hello":
+    while not guest.hears:
         if guest.gone or not await guest.news(max(0.0, until - time.monotonic())):
             silent = f"the agent in {guest.machine.name} does not answer"
             raise LeaveError(silent, "in the guest: systemctl status streamlift-agent")
@@ -211,7 +211,7 @@ async def _end_of(process: int) -> None:
 async def meet(guest: Guest, *, seconds: float) -> dict[str, Any]:
     """Until the agent has said hello and its share is mounted. Raises LeaveError."""
     begin = time.monotonic()
-    while not (guest.channel is not None and guest.channel.state == "hello" and guest.presence is Presence.HERE):
+    while not (guest.hears and guest.presence is Presence.HERE):
         left = begin + seconds - time.monotonic()
         if guest.gone or left <= 0 or not await guest.news(left):
             raise LeaveError(
