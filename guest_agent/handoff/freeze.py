@@ -41,10 +41,8 @@ def is_frozen(sock: socket.socket) -> bool:
 
 
 def thaw(sock: socket.socket) -> None:
-    """Undo `freeze`: no window probe is sent. SO_REUSEADDR is set because leaving repair mode resets it, and a server
-    that starts anew could not bind its port beside such a connection (do_tcp_setsockopt, SK_NO_REUSE)."""
-    _setsockopt(sock, socket.IPPROTO_TCP, kernel.TCP_REPAIR, kernel.REPAIR_OFF_NO_PROBE)
-    _setsockopt(sock, socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """Undo `freeze`: no window probe is sent."""
+    _leave_repair(sock, kernel.REPAIR_OFF_NO_PROBE)
     hold.detach(sock)
 
 
@@ -53,5 +51,11 @@ def probe(sock: socket.socket) -> None:
     would be asked by a timer only, a fifth of a second later at the least (RFC 9293 section 3.8.6.1). It answers what lies before
     its window with an ACK (section 3.10.7.4); leaving repair mode sends that (tcp_send_window_probe). Raises OSError."""
     _setsockopt(sock, socket.IPPROTO_TCP, kernel.TCP_REPAIR, kernel.REPAIR_ON)
-    _setsockopt(sock, socket.IPPROTO_TCP, kernel.TCP_REPAIR, kernel.REPAIR_OFF)
+    _leave_repair(sock, kernel.REPAIR_OFF)
+
+
+def _leave_repair(sock: socket.socket, how: int) -> None:
+    """SO_REUSEADDR is set because leaving repair mode resets it, and a server that starts anew could not bind its port beside such
+    a connection (do_tcp_setsockopt, SK_NO_REUSE)."""
+    _setsockopt(sock, socket.IPPROTO_TCP, kernel.TCP_REPAIR, how)
     _setsockopt(sock, socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
