@@ -4,7 +4,7 @@
     finished()      it is sent, or stopped: it goes home (`hand_back.py`)
     restored()      the guest has it
     keep()          the VM has left: this host sends the rest, and closes
-    end(), close()  nobody can take it back: it is closed as the kernel does for a process that dies
+    end()           nobody can take it back: it is closed as the kernel does for a process that dies
 
 What became of those that are over is remembered, for an agent that was restarted and asks."""
 
@@ -57,8 +57,13 @@ class Ends:
         self._stop, self._alone = stop, alone
         self._loop = asyncio.get_running_loop()
         self._homeward: deque[Connection] = deque()
-        self.kept: set[Connection] = set()
+        self._kept: set[Connection] = set()
         self.over: Recent[str, Header] = Recent(REMEMBERED)
+
+    def close(self) -> None:
+        """What is still kept here is ended."""
+        for connection in list(self._kept):
+            self.end(connection)
 
     # Home.
 
@@ -150,7 +155,7 @@ class Ends:
         connection.kept = True
         connection.guest.counters["kept"] += 1
         connection.guest.connections.pop(connection.token, None)
-        self.kept.add(connection)
+        self._kept.add(connection)
         with contextlib.suppress(ValueError):
             self._homeward.remove(connection)
         if connection.timer is not None:
@@ -217,7 +222,7 @@ class Ends:
     def _forget(self, connection: Connection) -> None:
         connection.guest.connections.pop(connection.token, None)
         connection.guest.changed()
-        self.kept.discard(connection)
+        self._kept.discard(connection)
         self._held.remove(connection)
         if connection.timer is not None:
             connection.timer.cancel()

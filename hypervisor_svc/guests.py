@@ -80,7 +80,7 @@ class Guests:
         self._about, self._limits = about, limits
         self._held = HeldPackets(keep, injector)
         self._handoff = Handoff(backend, redirect, keep, self.durations)
-        self.ends = Ends(
+        self._ends = Ends(
             HandBack(backend, redirect, keep, injector, self.durations, collect=self._held.collect),
             self._held,
             self.durations,
@@ -88,18 +88,18 @@ class Guests:
             alone=self._alone,
         )
         self.schedule = Schedule()
-        self._server = Server(self.schedule, quantum=quantum, on_finished=self.ends.finished, on_gone=self.ends.client_gone)
+        self._server = Server(self.schedule, quantum=quantum, on_finished=self._ends.finished, on_gone=self._ends.client_gone)
         self._user_engine = UserEngine(self.schedule)
         self._engine = choose(relay_engine, self._user_engine)
         self.relays = Relays(
             self._engine,
             self._user_engine,
             relay_limits,
-            on_home=self.ends.go_home,
-            on_gone=self.ends.client_gone,
-            on_lagged=self.ends.lagged,
+            on_home=self._ends.go_home,
+            on_gone=self._ends.client_gone,
+            on_lagged=self._ends.lagged,
         )
-        self._words = (RelayWords(self.relays, go_home=self.ends.finished), LookWords())
+        self._words = (RelayWords(self.relays, go_home=self._ends.finished), LookWords())
         self._by_uuid: dict[str, Guest] = {}
         self._offered_flows: Recent[str, Flow] = Recent(REMEMBERED)
         self._started = self._loop.time()
@@ -159,8 +159,7 @@ class Guests:
         """Stop everything; what is still out is ended."""
         for uuid in list(self._by_uuid):
             self.machine_down(uuid)
-        for connection in list(self.ends.kept):
-            self.ends.end(connection)
+        self._ends.close()
         self._server.close()
         if self._engine is not self._user_engine:
             self._engine.close()
@@ -176,7 +175,7 @@ class Guests:
             if connection.reason is None:
                 connection.reason, connection.message = reason, "the host gives the connection back"
             self._stop(connection)
-            self.ends.go_home(connection)
+            self._ends.go_home(connection)
         return len(chosen)
 
     # A VM that leaves. The order of its steps is in `leave.py`.
@@ -193,14 +192,14 @@ class Guests:
 
     def keep(self, connection: Connection) -> bool:
         """The rest of a file is sent from here, whoever was to have the connection; False if that is not to be."""
-        kept = self.ends.keep(connection)
+        kept = self._ends.keep(connection)
         if kept:
             self._server.add(connection)
         return kept
 
     def end_late(self, connection: Connection) -> None:
-        """The opposite: it did not come home in time."""
-        self.ends.end_late(connection)
+        """One that did not come home in time, and that nobody keeps."""
+        self._ends.end_late(connection)
 
     def _stop(self, connection: Connection) -> None:
         """Send nothing more; idempotent."""
@@ -260,7 +259,7 @@ class Guests:
             return
         for connection in list(guest.connections.values()):
             if connection.finished or connection.state is Host.RETURNING:
-                self.ends.end(connection)
+                self._ends.end(connection)
 
     def _another_life(self, guest: Guest, *, rebooted: bool) -> None:
         """Another life of the agent does not know for whom it opened relays. Their connections go home, to those who ask for them.
@@ -274,8 +273,8 @@ class Guests:
     def _end_all(self, guest: Guest) -> None:
         """Nobody is left who could take its connections back."""
         for connection in list(guest.connections.values()):
-            self.ends.recall(connection)
-            self.ends.end(connection)
+            self._ends.recall(connection)
+            self._ends.end(connection)
 
     def _say_again(self, guest: Guest) -> None:
         """The channel was cut: whether the guest heard that these come home, or we that they did, nobody knows."""
@@ -342,8 +341,8 @@ class Guests:
             self._handoff.commit(connection)
         except HandoffError as error:
             connection.reason, connection.message = error.reason, str(error)
-            self.ends.end(connection)
-            self.ends.tell_failed(connection, error.errno or errno.EIO)
+            self._ends.end(connection)
+            self._ends.tell_failed(connection, error.errno or errno.EIO)
             return
         if isinstance(connection.job, RelayJob):
             self._relay(connection)
@@ -356,7 +355,7 @@ class Guests:
             self.relays.take(connection)
         except HandoffError as error:
             connection.reason, connection.message = error.reason, str(error)
-            self.ends.finished(connection)
+            self._ends.finished(connection)
 
     def _on_standing_by(self, guest: Guest, header: Header, body: bytes) -> None:
         connection = guest.connections.get(read_token(header))
@@ -364,7 +363,7 @@ class Guests:
             return
         connection.ready = header.get("ready") is True
         if connection.waits_for_guest:
-            self.ends.finished(connection)
+            self._ends.finished(connection)
 
     def _on_recall(self, guest: Guest, header: Header, body: bytes) -> None:
         """Its application has to let go of the file, and cannot be asked as long as the transfer goes on."""
@@ -374,19 +373,19 @@ class Guests:
         connection = guest.connections.get(read_token(header))
         if connection is not None and not connection.direct:
             connection.reason, connection.message = Reason.APPLICATION_GONE, "the application is gone"
-            self.ends.end(connection)
-            self.ends.tell_failed(connection, errno.ECONNRESET)
+            self._ends.end(connection)
+            self._ends.tell_failed(connection, errno.ECONNRESET)
 
     def _on_restored(self, guest: Guest, header: Header, body: bytes) -> None:
-        if read_token(header) in self.ends.over:
+        if read_token(header) in self._ends.over:
             return  # said twice, after the channel was cut
-        self.ends.restored(self._returning(guest, header))
+        self._ends.restored(self._returning(guest, header))
 
     def _on_restore_failed(self, guest: Guest, header: Header, body: bytes) -> None:
         connection = self._returning(guest, header)
         connection.reason, connection.message = Reason.RESTORE_FAILED, str(header.get("message", ""))[:200]
-        self.ends.recall(connection)
-        self.ends.end(connection)
+        self._ends.recall(connection)
+        self._ends.end(connection)
 
     def _returning(self, guest: Guest, header: Header) -> Connection:
         connection = guest.connections.get(read_token(header))
@@ -407,7 +406,7 @@ class Guests:
         token = read_token(header)
         connection = guest.connections.get(token)
         if connection is None:
-            over = self.ends.over.get(token)
+            over = self._ends.over.get(token)
             if over is not None:
                 guest.send(over)
             else:
@@ -415,15 +414,15 @@ class Guests:
             return
         if connection.direct and header.get("frozen") is False:
             self._on_restored(guest, header, body)
-            guest.send(self.ends.over[token])
+            guest.send(self._ends.over[token])
             return
         guest.send({"type": "taken", "token": token})
         if connection.parting is not None:
             if header.get("standing_by") is not True:
-                self.ends.recall(connection)
+                self._ends.recall(connection)
             guest.send(*connection.parting)
         elif connection.finished:
-            self.ends.finished(connection)
+            self._ends.finished(connection)
 
     def _never_had(self, header: Header) -> HandoffError:
         """Of a transfer that is older than this service nobody knows what became."""
