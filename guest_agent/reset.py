@@ -2,9 +2,11 @@
 """The host's service died, and the client's connection with it: a client that only waits would wait for ever.
 
 When a process dies, its kernel closes its sockets and tells the peers; a frozen copy closes silently. So we ask the client
-to speak: one acknowledgement below its window, as a keepalive is (RFC 9293 section 3.8.4), which it must answer with one of
-its own. That meets no socket, and the kernel resets the connection with the one sequence number that the client believes
-(RFC 9293 section 3.10.7.1, RFC 5961 section 3.2)."""
+to speak: one segment below its window, as a keepalive is (RFC 9293 section 3.8.4), which it must answer with one of its own.
+That meets no socket, and the kernel resets the connection with the one sequence number that the client believes (RFC 9293
+section 3.10.7.1, RFC 5961 section 3.2). The segment has the garbage octet of the same section, in a place that the client has
+acknowledged: without data, the answer is subject to the client's rate limit (Linux's tcp_invalid_ratelimit, 500 ms), and one
+that has just been asked by somebody else would stay silent."""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from guest_agent.handoff.snapshot import Snapshot
 
 _ACK = 0x10
 _TIMESTAMPS = b"\x01\x01\x08\x0a"
+_GARBAGE = b"\0"
 _STEP = 2
 _U32 = 0xFFFFFFFF
 
@@ -41,6 +44,7 @@ def build_probe(snapshot: Snapshot, age: float) -> bytes:
     sequence = (snapshot.send_sequence - 1) & _U32
     head = struct.pack("!HHII", snapshot.local.port, snapshot.peer.port, sequence, snapshot.receive_next)
     head += struct.pack("!BBH", (20 + len(options)) << 2, _ACK, window)
-    pseudo = pseudo_sum(snapshot.local.address, snapshot.peer.address, 20 + len(options))
-    checksum = ~ones_sum(pseudo.to_bytes(2, "big") + head + bytes(4) + options) & 0xFFFF
-    return head + struct.pack("!HH", checksum, 0) + options
+    tail = options + _GARBAGE
+    pseudo = pseudo_sum(snapshot.local.address, snapshot.peer.address, 20 + len(tail))
+    checksum = ~ones_sum(pseudo.to_bytes(2, "big") + head + bytes(4) + tail) & 0xFFFF
+    return head + struct.pack("!HH", checksum, 0) + tail

@@ -18,12 +18,12 @@ IPV6 = replace(SNAPSHOT, local=Endpoint("2001:db8::1", 80), peer=Endpoint("2001:
 
 @pytest.mark.parametrize("snapshot", [SNAPSHOT, replace(SNAPSHOT, timestamps=False), IPV6])
 def test_probe_is_a_keepalive(snapshot: Snapshot) -> None:
-    """Below the window, without data, with a checksum that holds."""
+    """One octet that the client has acknowledged, with a checksum that holds."""
     probe = reset.build_probe(snapshot, 0.5)
     source, to, sequence, acknowledge, offset, flags = struct.unpack_from("!HHIIBB", probe)
     assert (source, to) == (snapshot.local.port, snapshot.peer.port)
     assert (sequence, acknowledge) == ((snapshot.send_sequence - 1) % (1 << 32), snapshot.receive_next)
-    assert (offset >> 2, flags) == (len(probe), 0x10)
+    assert (offset >> 2, flags) == (len(probe) - 1, 0x10)
     assert is_intact(probe, snapshot.local.address, snapshot.peer.address)
 
 
