@@ -61,7 +61,7 @@ class Agent:
             "backends": [self._backend.name],
             "kernel": platform.release(),
             "lossless_freeze": self._keep is not None,
-            "features": ["let_go"],
+            "features": ["let_go", "pass_on"],
         }
         self._channel = Channel(settings.port, about, on_event=self._event, on_down=self._down)
         self._transfers = Transfers(
@@ -139,6 +139,8 @@ class Agent:
             self._departure.come_back()
         elif kind == "seen":
             self._looks.message(event.header)
+        elif kind == "passed":
+            self._transfers.passed(event.header)
         elif kind.startswith("relay_"):
             self._relays.message(event.header, event.body)
         elif kind != "pong":

@@ -44,7 +44,8 @@ class Outcome:
 @dataclass
 class Transfer:
     """One file on its way to one client, and the socket that it goes through. `waits`: for the next host, if the VM moves;
-    `carried` tells whoever waits that it does, and by which token. `sent_before`: bytes that earlier hosts have sent."""
+    `carried` tells whoever waits that it does, and by which token. `sent_before`: bytes that earlier hosts have sent, before it
+    came home and was carried; `passed`: the next host is told by the last, it need not come home."""
 
     token: str
     sock: socket.socket
@@ -64,6 +65,7 @@ class Transfer:
     outcome: Outcome = field(default_factory=lambda: Outcome("offloaded"))
     sent_before: int = 0
     application_gone: bool = False
+    passed: bool = False
     closed: bool = False
     timer: asyncio.TimerHandle | None = None
     begun: float = field(default_factory=time.monotonic)

@@ -57,6 +57,8 @@ class Transfers:
         self._by_cookie: dict[int, Transfer] = {}
         self._carried: dict[str, Transfer] = {}
         self._to_stand_by: deque[Transfer] = deque()
+        self._to_ask: deque[Transfer] = deque()
+        self._passed = 0
         self._came_home: Recent[str, None] = Recent(_REMEMBERED)
         self._host_instance = ""
         self._doubt: asyncio.TimerHandle | None = None
@@ -136,10 +138,46 @@ class Transfers:
             self._doubt.cancel()
             self._doubt = None
         for transfer in list(self._by_token.values()):
-            if same or transfer.snapshot is None:
+            if transfer.passed and not same:
+                self._ask_next(transfer)
+            elif same or transfer.snapshot is None:
                 self._resume(transfer)
             else:
                 self._host_lost(transfer)
+
+    def passed(self, header: Header) -> None:
+        """The host gives these to the next one: they are not waited for (`hypervisor_svc/pass_on.py`)."""
+        tokens = header.get("tokens")
+        for token in tokens if isinstance(tokens, list) else ():
+            transfer = self._by_token.get(token) if isinstance(token, str) else None
+            if transfer is not None and transfer.state is Guest.OUT and not transfer.passed:
+                transfer.passed = True
+                self._passed += 1
+        self._look_whether_home()
+
+    def _unpass(self, transfer: Transfer) -> None:
+        if transfer.passed:
+            transfer.passed = False
+            self._passed -= 1
+
+    def _look_whether_home(self) -> None:
+        if len(self._by_token) == self._passed:
+            self._home.set()
+        else:
+            self._home.clear()
+
+    def _ask_next(self, transfer: Transfer) -> None:
+        """Whether the next host has it: soon, for others want to go out meanwhile."""
+        if not self._to_ask:
+            self._loop.call_soon(self._ask_some)
+        self._to_ask.append(transfer)
+
+    def _ask_some(self) -> None:
+        transfer = self._to_ask.popleft()
+        if self._to_ask:
+            self._loop.call_soon(self._ask_some)
+        if transfer.token in self._by_token and self._is_up():
+            self._resume(transfer)
 
     def host_down(self) -> None:
         """The channel ended: transfers wait for it to come back, within DOUBT_LIMIT."""
@@ -166,6 +204,7 @@ class Transfers:
 
     def _on_taken(self, transfer: Transfer, header: Header, body: bytes) -> None:
         if transfer.state is not Guest.OFFERED:
+            self._goes_on(transfer)
             return
         transfer.move(Guest.OUT)
         if transfer.timer is not None:
@@ -178,6 +217,13 @@ class Transfers:
             self._send({"type": "abort", "token": transfer.token}, b"")
         self.collect_held()
         self._send_held(transfer)
+
+    def _goes_on(self, transfer: Transfer) -> None:
+        """It was passed on: the next host has it, or the last one again."""
+        self._unpass(transfer)
+        self._look_whether_home()
+        if transfer.application_gone:
+            self._send({"type": "abort", "token": transfer.token}, b"")
 
     def _stand_by_next(self) -> None:
         """One between two looks at everything else: who wants to go out does not wait for those that are."""
@@ -386,8 +432,8 @@ class Transfers:
 
     def _forget(self, transfer: Transfer) -> None:
         self._by_token.pop(transfer.token, None)
-        if not self._by_token:
-            self._home.set()
+        self._unpass(transfer)
+        self._look_whether_home()
         self._by_cookie.pop(transfer.cookie, None)
         if transfer.timer is not None:
             transfer.timer.cancel()

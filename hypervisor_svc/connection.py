@@ -32,13 +32,17 @@ if TYPE_CHECKING:
 @dataclass(eq=False, repr=False)
 class Guest:
     """A VM with a channel: what it is, what it has out, what was counted (`refused`, `lost`: by reason). Bytes and numbers since
-    the service's start. `presence` is what its agent says; `call` counts how often it was asked to leave, and `answers`: it has
-    heard the last one."""
+    the service's start. `presence` is what its agent says; `call` counts how often it was asked to leave, `answers`: it has heard
+    the last one; `asked`: what it was asked, until then."""
 
     machine: Machine
     channel: Channel | None = None
     hello: Header = field(default_factory=dict)
     connections: dict[str, Connection] = field(default_factory=dict)
+    passed: dict[str, Connection] = field(default_factory=dict)
+    doubted: dict[str, Connection] = field(default_factory=dict)
+    """`passed`: frozen here, for the host that it moves to (`pass_on.py`). `doubted`: the same, after its agent said hello anew:
+    it may have been there, unless it asks for them."""
     relays: dict[str, Relay] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -55,6 +59,7 @@ class Guest:
     presence_message: str = ""
     call: int = 0
     answers: bool = False
+    asked: Header | None = None
     _waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
@@ -113,7 +118,8 @@ class Guest:
 class Connection:
     """A client's connection while the host has it. `sent` counts bytes given to the socket; `ready`: the guest's place-holder
     stands where the connection will arrive (None: it has not said yet); `direct`: it goes home without a second question.
-    `rolled_back`: bytes of the file that were queued and are not on their way home; `kept`: nobody will take it home, it ends here.
+    `sent_before`: bytes that earlier hosts have sent, of which this job knows nothing; `rolled_back`: bytes of the file that were
+    queued and are not on their way home; `kept`: nobody will take it home, it ends here.
     `relay`: what it is a sink or the source of, `sink` its number there, `cursor` the position where it would go on."""
 
     guest: Guest
@@ -139,6 +145,7 @@ class Connection:
     fin: bytes = b""
     timer: asyncio.TimerHandle | None = None
     rolled_back: int = 0
+    sent_before: int = 0
     kept: bool = False
     relay: Relay | None = None
     sink: int = 0

@@ -21,7 +21,8 @@ log = logging.getLogger("streamlift.control")
 
 Answer = dict[str, Any]
 Handler = Callable[[dict[str, Any]], Answer | Awaitable[Answer]]
-MAX_LINE = 1 << 16
+MAX_LINE = 16 << 20
+"""Bytes of a request: what a VM brings from another host is one (`pass_on.py`)."""
 CALL_TIMEOUT = 30.0
 
 

@@ -3,6 +3,7 @@
 
     finished()      it is sent, or stopped: it goes home (`hand_back.py`)
     restored()      the guest has it
+    pass_on()       the VM moves: the next host is given it (`pass_on.py`)
     keep()          the VM has left: this host sends the rest, and closes
     end()           nobody can take it back: it is closed as the kernel does for a process that dies
 
@@ -24,6 +25,7 @@ from guest_agent.handoff.wire import Header
 from hypervisor_svc.connection import Connection, Durations, Guest
 from hypervisor_svc.hand_back import HandBack
 from hypervisor_svc.held_packets import HeldPackets
+from hypervisor_svc.pass_on import Row, can_be_passed, is_whole, write_row
 from hypervisor_svc.policy import RelayJob
 
 log = logging.getLogger("streamlift.guests")
@@ -82,14 +84,18 @@ class Ends:
         if connection.ready is None and connection.reason is None:
             self._wait_for_guest(connection)
             return
-        if connection.timer is not None:
-            connection.timer.cancel()
         try:
             self._hand_back.hand_back(connection)
         except (HandoffError, OSError) as error:
             log.info("%s: %s cannot go home: %s", guest.machine.name, connection.flow.client, error)
             self.client_gone(connection, error.errno or errno.ECONNRESET)
             return
+        self._await_guest(connection)
+
+    def _await_guest(self, connection: Connection) -> None:
+        """It has RETURN_LIMIT to restore what was sent home."""
+        if connection.timer is not None:
+            connection.timer.cancel()
         connection.timer = self._loop.call_later(RETURN_LIMIT, self._never_came_home, connection)
 
     def go_home(self, connection: Connection) -> None:
@@ -139,6 +145,46 @@ class Ends:
         self.over[connection.token] = self._hand_back.release(connection)
         connection.guest.counters["handed_back"] += 1
         self._durations.add("whole", self._loop.time() - connection.started)
+
+    # To the next host.
+
+    def pass_on(self, connection: Connection) -> Row | None:
+        """What the next host is told, for one that it can go on with; any other goes home."""
+        if not can_be_passed(connection):
+            return None
+        self._stop(connection)
+        try:
+            snapshot = self._hand_back.freeze(connection)
+            if not is_whole(connection, snapshot):
+                connection.reason, connection.message = Reason.DRAINING, "the host gives the connection back"
+                self._hand_back.send_home(connection, snapshot)
+                self._await_guest(connection)
+                return None
+        except (HandoffError, OSError) as error:
+            self.client_gone(connection, error.errno or errno.ECONNRESET)
+            return None
+        connection.move(Host.PASSED)
+        connection.guest.passed[connection.token] = connection.guest.connections.pop(connection.token)
+        return write_row(connection, self._hand_back.with_held(connection, snapshot))
+
+    def take_again(self, connection: Connection) -> bool:
+        """One that was passed on: its VM has not moved. Whether it can be served on."""
+        guest = connection.guest
+        guest.connections[connection.token] = guest.passed.pop(connection.token)
+        try:
+            self._hand_back.take_again(connection)
+        except (HandoffError, OSError) as error:
+            self.client_gone(connection, error.errno or errno.ECONNRESET)
+            return False
+        guest.send({"type": "taken", "token": connection.token})
+        return True
+
+    def let_pass(self, connection: Connection) -> None:
+        """Its VM is gone, and with it the connection: the frozen copy closes silently."""
+        self._hand_back.forget(connection)
+        self._forget(connection)
+        connection.close()
+        connection.move(Host.GONE)
 
     # Here.
 
@@ -192,7 +238,7 @@ class Ends:
             "errno": number,
             "reason": (reason or connection.reason or Reason.PEER_GONE).value,
             "message": message or connection.message or "the client is gone",
-            "sent": connection.sent,
+            "sent": connection.sent_before + connection.sent,
         }
         self.over[connection.token] = failure
         connection.guest.send(failure)

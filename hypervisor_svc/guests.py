@@ -27,6 +27,7 @@ from hypervisor_svc.handoff import Handoff
 from hypervisor_svc.held_packets import HeldPackets
 from hypervisor_svc.inject import Injector
 from hypervisor_svc.look import LookWords
+from hypervisor_svc.pass_on import TOKENS, Inheritance, Row
 from hypervisor_svc.policy import (
     Job,
     RelayJob,
@@ -102,6 +103,8 @@ class Guests:
         self._words = (RelayWords(self.relays, go_home=self._ends.finished), LookWords())
         self._by_uuid: dict[str, Guest] = {}
         self._offered_flows: Recent[str, Flow] = Recent(REMEMBERED)
+        self._inheritance = Inheritance()
+        self._disclaimed: Recent[str, tuple[Header, bytes]] = Recent(REMEMBERED)
         self._started = self._loop.time()
         self._measure()
 
@@ -144,6 +147,7 @@ class Guests:
         guest.gone = True
         self.relays.guest_gone(guest)
         self._end_all(guest)
+        self._let_pass(guest)
         guest.changed()
 
     def pause(self, uuid: str, *, paused: bool) -> None:
@@ -154,6 +158,7 @@ class Guests:
             guest.paused = paused
             if not paused and guest.channel is not None:
                 guest.channel.greet()
+                self.inherit(guest)
 
     def close(self) -> None:
         """Stop everything; what is still out is ended."""
@@ -186,9 +191,60 @@ class Guests:
             self.relays.leave(relay)
         self.hand_back_all(guest, Reason.DRAINING)
 
+    def pass_on(self, guest: Guest) -> list[Row]:
+        """What the host that a VM moves to is told; what it cannot be given stays, and is to be called home."""
+        rows = [row for one in list(guest.connections.values()) if one.state is Host.SERVING and (row := self._ends.pass_on(one))]
+        tokens = list(guest.passed)
+        for first in range(0, len(tokens), TOKENS):
+            guest.send({"type": "passed", "tokens": tokens[first : first + TOKENS]})
+        return rows
+
     def take_again(self, guest: Guest) -> None:
         """It stays after all, or has come back."""
+        guest.draining, guest.asked = False, None
+        self.serve_again(guest)
+
+    def serve_again(self, guest: Guest) -> None:
+        """What was passed on, and nobody took."""
+        for connection in list(guest.passed.values()):
+            if self._ends.take_again(connection):
+                self._server.add(connection)
+        self._let_pass(guest)
+
+    def _let_pass(self, guest: Guest) -> None:
+        """What was passed on, and somebody may have."""
+        for connection in (*guest.passed.values(), *guest.doubted.values()):
+            self._ends.let_pass(connection)
+        guest.passed, guest.doubted = {}, {}
+
+    def expect(self, machine: str, rows: list[object], *, first: bool) -> int:
+        """What a VM of this name will bring, beyond what it is known to bring unless these are the first. Raises ValueError."""
+        try:
+            return self._inheritance.keep(machine, rows, first=first)
+        except (HandoffError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"what {machine} brings: {error}") from None
+
+    def inherit(self, guest: Guest) -> None:
+        """It runs here now: what was passed on to us is ours, and what we cannot take is told to those who ask for it."""
+        for token in self._inheritance.tokens(guest.machine.name):
+            self._inherit(guest, token)
+
+    def _inherit(self, guest: Guest, token: str) -> None:
+        inherited = self._inheritance.pop(guest.machine.name, token)
+        if inherited is None:
+            return
+        self._let_pass(guest)  # it has been elsewhere since
         guest.draining = False
+        try:
+            connection = self._offer(guest, inherited.job, len(inherited.body))
+            connection.sent_before, connection.ready = inherited.sent_before, inherited.ready
+            self._handoff.take(connection)
+        except (HandoffError, OSError) as error:
+            log.warning("%s: %s goes to the guest: %s", guest.machine.name, token, error)
+            self._disclaimed[token] = inherited.home(str(error)), inherited.body
+        else:
+            guest.counters["inherited"] += 1
+            self._begin(guest, connection, asks=True)
 
     def keep(self, connection: Connection) -> bool:
         """The rest of a file is sent from here, whoever was to have the connection; False if that is not to be."""
@@ -213,6 +269,7 @@ class Guests:
             self._message(guest, event)
         elif isinstance(event, Established):
             before, guest.hello = guest.hello, event.hello
+            guest.doubted, guest.passed = {**guest.doubted, **guest.passed}, {}
             same = before.get("instance") == event.hello.get("instance")
             log.info("%s: agent %s answers", guest.machine.name, event.hello.get("agent_version", "?"))
             if same:
@@ -260,6 +317,7 @@ class Guests:
         for connection in list(guest.connections.values()):
             if connection.finished or connection.state is Host.RETURNING:
                 self._ends.end(connection)
+        self._let_pass(guest)
 
     def _another_life(self, guest: Guest, *, rebooted: bool) -> None:
         """Another life of the agent does not know for whom it opened relays. Their connections go home, to those who ask for them.
@@ -277,7 +335,10 @@ class Guests:
             self._ends.end(connection)
 
     def _say_again(self, guest: Guest) -> None:
-        """The channel was cut: whether the guest heard that these come home, or we that they did, nobody knows."""
+        """The channel was cut: whether the guest heard that it is to leave, or that these come home, or we that they did, nobody
+        knows."""
+        if guest.asked is not None:
+            guest.send(guest.asked)
         for connection in guest.connections.values():
             if connection.state is Host.RETURNING and connection.parting is not None:
                 guest.send(*connection.parting)
@@ -333,12 +394,16 @@ class Guests:
 
     def _serve(self, guest: Guest, connection: Connection) -> None:
         """The guest is told, and then it is ours."""
-        guest.connections[connection.token] = connection
-        self._held.add(connection)
         guest.counters["handed_out"] += 1
         guest.send({"type": "taken", "token": connection.token})
+        self._begin(guest, connection, asks=guest.presence is Presence.RETURNING)
+
+    def _begin(self, guest: Guest, connection: Connection, *, asks: bool) -> None:
+        """`asks`: while its VM arrived, its client may have spoken to nobody."""
+        guest.connections[connection.token] = connection
+        self._held.add(connection)
         try:
-            self._handoff.commit(connection)
+            self._handoff.commit(connection, asks=asks)
         except HandoffError as error:
             connection.reason, connection.message = error.reason, str(error)
             self._ends.end(connection)
@@ -377,7 +442,11 @@ class Guests:
             self._ends.tell_failed(connection, errno.ECONNRESET)
 
     def _on_restored(self, guest: Guest, header: Header, body: bytes) -> None:
-        if read_token(header) in self._ends.over:
+        token = read_token(header)
+        if token in self._disclaimed:
+            del self._disclaimed[token]  # it never was here
+            return
+        if token in self._ends.over:
             return  # said twice, after the channel was cut
         self._ends.restored(self._returning(guest, header))
 
@@ -404,13 +473,10 @@ class Guests:
     def _on_resume(self, guest: Guest, header: Header, body: bytes) -> None:
         """The agent lost the thread: tell it again where this transfer stands."""
         token = read_token(header)
+        self._inherit(guest, token)
         connection = guest.connections.get(token)
         if connection is None:
-            over = self._ends.over.get(token)
-            if over is not None:
-                guest.send(over)
-            else:
-                self._refuse(guest, token, self._never_had(header))
+            self._tell_of_another(guest, token, header)
             return
         if connection.direct and header.get("frozen") is False:
             self._on_restored(guest, header, body)
@@ -423,6 +489,18 @@ class Guests:
             guest.send(*connection.parting)
         elif connection.finished:
             self._ends.finished(connection)
+
+    def _tell_of_another(self, guest: Guest, token: str, header: Header) -> None:
+        """Of one that is not here."""
+        if token in guest.doubted:
+            guest.passed[token] = guest.doubted.pop(token)
+            guest.send({"type": "passed", "tokens": [token]})
+        elif token in self._disclaimed:
+            guest.send(*self._disclaimed[token])
+        elif token in self._ends.over:
+            guest.send(self._ends.over[token])
+        else:
+            self._refuse(guest, token, self._never_had(header))
 
     def _never_had(self, header: Header) -> HandoffError:
         """Of a transfer that is older than this service nobody knows what became."""
@@ -440,8 +518,10 @@ class Guests:
         was_away = guest.presence is Presence.AWAY
         guest.presence, guest.presence_message = state, str(header.get("message", ""))[:500]
         guest.answers = header.get("call") == guest.call
+        if guest.answers:
+            guest.asked = None
         if guest.stays or (was_away and state is not Presence.AWAY):
-            guest.draining = False
-        elif state is Presence.AWAY and not guest.call:
-            guest.send({"type": "return"})  # it left in a former life, and was restored or moved here
+            self.take_again(guest)
+        elif state is Presence.AWAY and not guest.draining:
+            guest.send({"type": "return"})  # it left in a former life, and was restored or moved here; or it has not heard
         guest.changed()

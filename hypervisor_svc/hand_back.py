@@ -68,18 +68,31 @@ class HandBack:
         OSError if the connection cannot be frozen any more: it has died, and is the caller's to bury."""
         assert connection.sock is not None and connection.endpoint is not None
         with self._durations.of("back"):
-            with self._durations.of("freeze_extract"):
-                snapshot = self._take(connection)
-                connection.move(Host.FROZEN)
-            _roll_back(connection, snapshot)
-            connection.direct = _as_expected(connection, snapshot) and self._unredirected(connection)
-            self._collect()
-            snapshot, held = absorb(snapshot, connection.held)
-            connection.held = [segment for segment in held if not is_stale(segment, snapshot.send_sequence)]
-            header, body = encode(snapshot)
-            connection.parting = (self._message(connection, header), body)
-            connection.move(Host.RETURNING)
-            connection.guest.send(*connection.parting)
+            self.send_home(connection, self.freeze(connection))
+
+    def freeze(self, connection: Connection) -> Snapshot:
+        """From a connection that is served to one that stands at a byte boundary. Raises as `hand_back` does."""
+        with self._durations.of("freeze_extract"):
+            snapshot = self._take(connection)
+            connection.move(Host.FROZEN)
+        _roll_back(connection, snapshot)
+        return snapshot
+
+    def send_home(self, connection: Connection, snapshot: Snapshot) -> None:
+        """What was frozen."""
+        connection.direct = _as_expected(connection, snapshot) and self._unredirected(connection)
+        snapshot = self.with_held(connection, snapshot)
+        header, body = encode(snapshot)
+        connection.parting = (self._message(connection, header), body)
+        connection.move(Host.RETURNING)
+        connection.guest.send(*connection.parting)
+
+    def with_held(self, connection: Connection, snapshot: Snapshot) -> Snapshot:
+        """The snapshot as it would be if what the frozen copy did not take had come before; the rest is still held."""
+        self._collect()
+        snapshot, held = absorb(snapshot, connection.held)
+        connection.held = [segment for segment in held if not is_stale(segment, snapshot.send_sequence)]
+        return snapshot
 
     def _unredirected(self, connection: Connection) -> bool:
         try:
@@ -120,7 +133,7 @@ class HandBack:
         return snapshot
 
     def take_again(self, connection: Connection) -> None:
-        """One whose snapshot is on its way, and that the guest has not said to have: packets come to our copy all the time, and the
+        """One whose snapshot is on its way, and that nobody has said to have: packets come to our copy all the time, and the
         guest's stays frozen until it hears that ours was released. Raises HandoffError, OSError."""
         assert connection.sock is not None and not connection.direct
         connection.sent += connection.rolled_back
@@ -134,7 +147,7 @@ class HandBack:
         return {
             "type": "hand_back",
             "token": connection.token,
-            "sent": connection.sent,
+            "sent": connection.sent_before + connection.sent,
             "reason": connection.reason.value if connection.reason else None,
             "message": connection.message,
             "errno": connection.errno,

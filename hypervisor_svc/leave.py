@@ -3,8 +3,8 @@
 
     let_go       applications let go of their files, the agent unmounts the share; what is out stays out, and more is taken
     leave        announce; nothing more is taken; relays end where they stand, files at a byte boundary, and all connections go
-                 home; what is late is finished here, reset, or waited for; the agent unmounts the share, if it has not yet, and
-                 says that it is away
+                 home, or to the host that the VM moves to (`pass_on.py`); what is late is finished here, reset, or waited for;
+                 the agent unmounts the share, if it has not yet, and says that it is away
     come_back    the agent mounts the share, and connections are handed out again
 
 Whatever goes wrong on the way, the VM comes back. The deadline counts from the last connection that came home: a guest that needs
@@ -26,6 +26,7 @@ from guest_agent.handoff.presence import Presence
 from hypervisor_svc.connection import Connection, Guest
 from hypervisor_svc.control import ControlError
 from hypervisor_svc.guests import Guests
+from hypervisor_svc.pass_on import Row
 
 DEADLINE = 2.0
 LET_GO_LIMIT = 5.0
@@ -51,13 +52,14 @@ class LeaveError(ControlError):
 
 @dataclass
 class Left:
-    """How a VM left: connections that were out, and what became of them. `slowest_ms`: the longest wait between two that came
-    home."""
+    """How a VM left: connections that were out, and what became of them. `passed`: to the next host; `slowest_ms`: the longest
+    wait between two that came home."""
 
     machine: str
     presence: str = Presence.AWAY.value
     connections: int = 0
     home: int = 0
+    passed: int = 0
     finished: int = 0
     reset: int = 0
     drain_ms: float = 0.0
@@ -79,13 +81,20 @@ async def let_go(guests: Guests, guest: Guest, *, deadline: float = DEADLINE, la
     return asdict(left)
 
 
-async def leave(guests: Guests, guest: Guest, *, deadline: float = DEADLINE, late: Late = Late.FINISH) -> dict[str, Any]:
-    """Until the VM may go. Raises LeaveError; then it has come back."""
-    left = Left(guest.machine.name)
+async def leave(
+    guests: Guests, guest: Guest, *, deadline: float = DEADLINE, late: Late = Late.FINISH, passes: bool = False
+) -> dict[str, Any]:
+    """Until the VM may go. `passes`: files under way go to the next host, which is to be told the `rows`; asked again without it,
+    they come home. Raises LeaveError; then it has come back."""
+    left, rows = Left(guest.machine.name), list[Row]()
     if guest.presence is not Presence.AWAY:
         async with _or_back(guests, guest):
-            await _leave(guests, guest, left, deadline, late)
-    return asdict(left)
+            rows = await _leave(guests, guest, left, deadline, late, passes=passes and "pass_on" in guest.features)
+    elif guest.passed and not passes:
+        async with _or_back(guests, guest):
+            guests.serve_again(guest)
+            await _bring_home(guests, guest, left, deadline, late)
+    return {**asdict(left), "rows": rows} if passes else asdict(left)
 
 
 @contextlib.asynccontextmanager
@@ -109,24 +118,33 @@ async def _answer(guest: Guest) -> None:
             raise LeaveError(silent, "in the guest: systemctl status streamlift-agent")
 
 
-async def _leave(guests: Guests, guest: Guest, left: Left, deadline: float, late: Late) -> None:
+async def _leave(guests: Guests, guest: Guest, left: Left, deadline: float, late: Late, *, passes: bool) -> list[Row]:
     begin, instance = time.monotonic(), guest.hello.get("instance")
     guest.draining = True
     _call(guest, "leave")
     left.connections = len(guest.connections)
-    before = guest.counters.copy()
-    guests.call_home(guest)
-    await _drain(guests, guest, left, instance, deadline, late)
-    left.home = guest.counters["handed_back"] - before["handed_back"]
+    rows = guests.pass_on(guest) if passes else []
+    left.passed = len(rows)
+    await _bring_home(guests, guest, left, deadline, late)
     drained = time.monotonic()
     left.drain_ms = _milliseconds(begin, drained)
     await _until(guest, Presence.AWAY, instance)
     left.share_ms = _milliseconds(drained, time.monotonic())
+    return rows
+
+
+async def _bring_home(guests: Guests, guest: Guest, left: Left, deadline: float, late: Late) -> None:
+    begin, before = time.monotonic(), guest.counters.copy()
+    guests.call_home(guest)
+    await _drain(guests, guest, left, guest.hello.get("instance"), deadline, late)
+    left.home = guest.counters["handed_back"] - before["handed_back"]
+    left.drain_ms = _milliseconds(begin, time.monotonic())
 
 
 def _call(guest: Guest, word: str) -> None:
     guest.call, guest.answers = guest.call + 1, False
-    guest.send({"type": word, "call": guest.call, "seconds": LET_GO_LIMIT})
+    guest.asked = {"type": word, "call": guest.call, "seconds": LET_GO_LIMIT}
+    guest.send(guest.asked)
 
 
 async def _drain(guests: Guests, guest: Guest, left: Left, instance: object, deadline: float, late: Late) -> None:

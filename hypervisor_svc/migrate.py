@@ -5,8 +5,8 @@
     let_go     the guest unmounts its share (`leave.py`), which QEMU wants; the source's service goes on serving
     precopy    libvirt migrates, live, peer to peer (virDomainMigrateToURI3); the source's libvirtd speaks with the destination's.
                QEMU is held (`hold_migration.py`) as soon as it would stop the VM
-    leave      the source's service brings everything home; then QEMU may
-    meet       the guest's agent meets the destination's service, mounts the share, and what was left is handed out there
+    leave      the source's service brings everything home, or passes it to the destination's (`pass_on.py`); then QEMU may
+    meet       the destination's service takes what was passed; the guest's agent meets it, mounts the share, and hands out the rest
 
 A VM whose agent cannot let go without leaving leaves first; one whose migration cannot be held leaves as soon as that is known.
 
@@ -37,6 +37,8 @@ PROGRESS_INTERVAL = 0.1
 LOOK_INTERVAL = 0.025
 """Seconds between two looks at how much is left to copy."""
 MEET_SECONDS = 30.0
+HEIR_PIECE = 8 << 20
+"""Bytes in one request."""
 LEAVE_PATIENCE = 3600.0
 """Seconds that a leave may take: with `Late.WAIT` as long as the slowest client takes."""
 
@@ -91,8 +93,11 @@ def migrate(domain: libvirt.virDomain, plan: Plan, *, on_step: OnStep = lambda s
     """Migrate; returns the last step, {"step": "done", ...}. KeyboardInterrupt (or any other exception that `on_step` raises)
     cancels. Raises MigrateError; then the VM is where it was."""
     begin, name = time.monotonic(), domain.name()
+    heir = None
     if plan.destination_control is not None:
-        on_step({"step": "expect", **_expect(name, plan.destination_control)})
+        expected = _expect(name, plan.destination_control)
+        heir = _Heir(name, plan.destination_control) if "pass_on" in expected.get("features", ()) else None
+        on_step({"step": "expect", **expected})
     try:
         hold = MigrationHold(domain, plan.bandwidth)
     except libvirt.libvirtError as error:  # it does not run, for one
@@ -101,13 +106,15 @@ def migrate(domain: libvirt.virDomain, plan: Plan, *, on_step: OnStep = lambda s
     try:
         if first["presence"] == Presence.LOOSE.value:
             on_step({"step": "let_go", **first})
-            left = _Held(domain, plan, hold, on_step).move()
+            left = _Held(domain, plan, hold, heir, on_step).move()
         else:
             left = {**first, "held": False}
             on_step({"step": "leave", **left})
             _precopy(domain, plan, on_step)
     except BaseException as error:
         hold.forget()
+        if heir is not None:
+            heir.forget()
         returned = _return(name, plan)
         if not isinstance(error, MigrateError | KeyboardInterrupt):
             raise
@@ -174,11 +181,38 @@ def _watch(domain: libvirt.virDomain, job: _Job, on_step: OnStep, *, until: Call
             return
 
 
+class _Heir:
+    """The destination's service, which can be given what is under way."""
+
+    def __init__(self, name: str, control: str) -> None:
+        self._name, self._control = name, control
+
+    def tell(self, rows: list[Step]) -> None:
+        """All of it, in pieces that a control socket takes. Raises ControlError."""
+        pieces: list[list[Step]] = [[]]
+        size = 0
+        for row in rows:
+            size += len(row["body"])
+            if size > HEIR_PIECE:
+                pieces.append([])
+                size = len(row["body"])
+            pieces[-1].append(row)
+        for number, piece in enumerate(pieces):
+            call(self._control, "expect", machine=self._name, rows=piece, first=number == 0)
+
+    def forget(self) -> None:
+        """The VM does not come."""
+        with contextlib.suppress(ControlError):
+            self.tell([])
+
+
 class _Held:
     """A migration during which the source goes on serving until QEMU is held."""
 
-    def __init__(self, domain: libvirt.virDomain, plan: Plan, hold: MigrationHold, on_step: OnStep) -> None:
-        self._domain, self._plan, self._hold, self._on_step = domain, plan, hold, on_step
+    def __init__(
+        self, domain: libvirt.virDomain, plan: Plan, hold: MigrationHold, heir: _Heir | None, on_step: OnStep
+    ) -> None:
+        self._domain, self._plan, self._hold, self._heir, self._on_step = domain, plan, hold, heir, on_step
 
     def move(self) -> Step:
         """How it left. Raises MigrateError."""
@@ -186,9 +220,21 @@ class _Held:
         with _Job(self._domain, replace(self._plan, bandwidth=HOLD_SPEED)) as job:
             held = self._copy(job)
             if not job.over.is_set():
-                left = {**_leave(self._domain.name(), self._plan), "held": held}
+                left = {**self._leave(), "held": held}
                 self._on_step({"step": "leave", **left})
                 self._go_on(job)
+        return left
+
+    def _leave(self) -> Step:
+        """Where there is an heir, it is told before the VM can stop; if it cannot be, all comes home."""
+        left = _leave(self._domain.name(), self._plan, pass_on=self._heir is not None)
+        rows = left.pop("rows", [])
+        if self._heir is not None and rows:
+            try:
+                self._heir.tell(rows)
+            except ControlError:
+                home = _leave(self._domain.name(), self._plan)
+                left = {**left, "home": left["home"] + home["home"], "passed": 0, "drain_ms": left["drain_ms"] + home["drain_ms"]}
         return left
 
     def _go_on(self, job: _Job) -> None:

@@ -34,7 +34,8 @@ def _told(left: Step) -> str:
     share = f"the share was unmounted after {left['share_ms']:g} ms more"
     words = {"finished": "are finished from here", "reset": "were reset"}
     late = "".join(f", {left[what]} {word}" for what, word in words.items() if left[what])
-    return f"{left['home']} of {left['connections']} connections came home in {left['drain_ms']:g} ms{late}; {share}"
+    passed = f", {left['passed']} go to the next host" if left["passed"] else ""
+    return f"{left['home']} of {left['connections']} connections came home{passed} in {left['drain_ms']:g} ms{late}; {share}"
 
 
 def migrate(connection: Any, domain: str, plan: Plan, *, as_json: bool) -> None:

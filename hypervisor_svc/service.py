@@ -272,8 +272,10 @@ class Service:
         if deadline < 0:
             raise ValueError("deadline must not be negative")
         guest, process = self._guest(request), request.get("process")
-        go = leave.let_go if request.get("only") == "share" else leave.leave
-        left = await go(self._guests, guest, deadline=deadline, late=late)
+        if request.get("only") == "share":
+            left = await leave.let_go(self._guests, guest, deadline=deadline, late=late)
+        else:
+            left = await leave.leave(self._guests, guest, deadline=deadline, late=late, passes=request.get("pass_on") is True)
         if process is not None:
             give_up = partial(self._give_up, guest, int(request.get("speed", 0)))
             task = asyncio.get_running_loop().create_task(leave.while_runs(self._guests, guest, int(process), give_up=give_up))
@@ -289,11 +291,16 @@ class Service:
         return await leave.come_back(self._guests, self._guest(request))
 
     def _expect(self, request: dict[str, Any]) -> dict[str, Any]:
-        """A VM is about to come (libvirt's hook says so): look at once."""
-        log.info("%s is expected", request.get("machine"))
+        """A VM is about to come (libvirt's hook says so): look at once. With `rows`: what it will bring (`pass_on.py`), the `first`
+        of them, or more."""
+        machine, rows = str(request.get("machine")), request.get("rows")
+        if isinstance(rows, list):
+            return {"kept": self._guests.expect(machine, rows, first=request.get("first") is True)}
+        log.info("%s is expected", machine)
         if self._domains is not None:
             self._domains.refresh()
-        return {"version": __version__, "machines": [guest.machine.name for guest in self._guests]}
+        machines = [guest.machine.name for guest in self._guests]
+        return {"version": __version__, "machines": machines, "features": ["pass_on"]}
 
     async def _meet(self, request: dict[str, Any]) -> dict[str, Any]:
         """Until the VM has come and works with this host."""
@@ -302,7 +309,9 @@ class Service:
             if time.monotonic() >= until:
                 self._guest(request)
             await asyncio.sleep(0.02)
-        return await leave.meet(self._guest(request), seconds=max(0.0, until - time.monotonic()))
+        guest = self._guest(request)
+        self._guests.inherit(guest)
+        return await leave.meet(guest, seconds=max(0.0, until - time.monotonic()))
 
 
 def _resident_bytes() -> int:

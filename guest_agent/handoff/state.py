@@ -4,7 +4,7 @@
 The guest's view and the host's view are two columns of the same story; each side drives its own machine::
 
     guest: HOME -> FROZEN -> OFFERED -> OUT -> RETURNING -> HOME      (-> CARRIED -> OFFERED: to the next host, with its VM)
-    host:  OFFERED -> RESTORED -> REDIRECTED -> SERVING -> FREEZING -> RETURNING -> GONE
+    host:  OFFERED -> RESTORED -> REDIRECTED -> SERVING -> FROZEN -> RETURNING -> GONE             (or PASSED: to the next host)
 
 A step that fails goes back through ROLLED_BACK; an impossible move raises `ImpossibleTransition`: it is always a defect
 of the program, never of its input.
@@ -36,6 +36,7 @@ class Host(Enum):
     SERVING = "serving"  # thawed and committed: the host owns the connection
     FROZEN = "frozen"  # stopped at a byte boundary, to go home
     RETURNING = "returning"  # its snapshot is on the way; still the only copy that packets reach
+    PASSED = "passed"  # its snapshot is on the way to the host that the VM moves to; nobody else has it if the VM stays
     GONE = "gone"  # closed silently, or ended with the client
 
 
@@ -54,8 +55,9 @@ HOST_MOVES: dict[Host, frozenset[Host]] = {
     Host.RESTORED: frozenset({Host.REDIRECTED, Host.GONE}),
     Host.REDIRECTED: frozenset({Host.SERVING, Host.GONE}),
     Host.SERVING: frozenset({Host.FROZEN, Host.GONE}),
-    Host.FROZEN: frozenset({Host.RETURNING, Host.SERVING, Host.GONE}),
+    Host.FROZEN: frozenset({Host.RETURNING, Host.PASSED, Host.SERVING, Host.GONE}),
     Host.RETURNING: frozenset({Host.SERVING, Host.GONE}),
+    Host.PASSED: frozenset({Host.SERVING, Host.GONE}),
     Host.GONE: frozenset(),
 }
 

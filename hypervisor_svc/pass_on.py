@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file that is under way when its VM moves goes from host to host, and not through the guest, whose socket stays the silent
+place-holder that it is. So what has to be done while nobody serves does not wait for the guest::
+
+    source        pass_on()     freeze, extract; the frozen copy stays until the VM is gone, and then closes silently
+                  take_again()  the VM stays: it thaws, and has lost nothing (`ends.py`)
+    destination   keep()        what is about to come: nothing is touched yet
+                  take()        the VM runs here: open, restore, redirect, thaw, as with any other (`handoff.py`)
+    guest         `passed`      it need not come home; after the move the agent asks the next host by its token (`resume`)
+
+Who brings it over is `migrate.py`, after everything is frozen here and before QEMU may stop the VM. What the destination cannot
+take is given to the guest, as if it had come home (`Inherited.home`). The client is asked at once how far it is (`freeze.probe`):
+what it said meanwhile nobody heard."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from guest_agent.handoff.errors import GuestError, Reason
+from guest_agent.handoff.snapshot import Snapshot, encode
+from guest_agent.handoff.wire import Header
+from hypervisor_svc.connection import Connection
+from hypervisor_svc.policy import Job, RelayJob, read_job
+
+Row = dict[str, Any]
+"""One connection, as JSON: {"request": a hand_out message, "body": its queues (base64), "sent_before": bytes, "ready": bool}."""
+
+KEPT_SECONDS = 60.0
+"""Until a VM that was to come is not expected any more."""
+MAX_BODY = 4 << 20
+"""Bytes of queues; one that has more goes home."""
+TOKENS = 256
+"""In one `passed` message."""
+
+
+def can_be_passed(connection: Connection) -> bool:
+    """Whether there is a file with something left, and nobody wants the connection back for another reason."""
+    return not isinstance(connection.job, RelayJob) and connection.reason is None and connection.sent < connection.job.count
+
+
+def is_whole(connection: Connection, snapshot: Snapshot) -> bool:
+    """Whether what was frozen is all that the next host needs: no FIN of the client is to be said again, and not too much waits."""
+    queued = len(snapshot.receive_queue) + len(snapshot.unacked) + len(snapshot.unsent)
+    return not connection.fin and queued <= MAX_BODY and connection.sent < connection.job.count
+
+
+def write_row(connection: Connection, snapshot: Snapshot) -> Row:
+    """For the next host: the job is what is left of it."""
+    header, body = encode(snapshot)
+    job, sent = connection.job, connection.sent
+    request = {
+        "type": "hand_out",
+        "token": job.token,
+        "path": job.path,
+        "inode": job.inode,
+        "offset": job.offset + sent,
+        "count": job.count - sent,
+        "priority": job.priority,
+        "snapshot": header,
+    }
+    told = {"sent_before": connection.sent_before + sent, "ready": connection.ready is True}
+    return {"request": request, "body": base64.b64encode(body).decode(), **told}
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """One connection that is to be taken: `sent_before` bytes were sent by other hosts; `ready`: the guest's place-holder stands
+    where the connection will end."""
+
+    request: Header
+    body: bytes
+    job: Job
+    sent_before: int
+    ready: bool
+
+    def home(self, message: str) -> Header:
+        """What the guest is told of one that cannot be taken: it is its own at once."""
+        return {
+            "type": "hand_back",
+            "token": self.job.token,
+            "sent": self.sent_before,
+            "reason": Reason.DRAINING.value,
+            "message": message,
+            "errno": 0,
+            "cursor": None,
+            "direct": True,
+            "closed": False,
+            "snapshot": self.request["snapshot"],
+        }
+
+
+def read_row(row: object) -> Inherited:
+    """The inverse of `write_row`. Raises GuestError, KeyError, TypeError or ValueError for anything else."""
+    if not isinstance(row, dict):
+        raise TypeError("a connection is one JSON object")
+    request, sent, ready = row["request"], row["sent_before"], row["ready"]
+    if not isinstance(request, dict) or type(sent) is not int or sent < 0 or type(ready) is not bool:
+        raise ValueError("a connection: request, sent_before or ready is not what it is to be")
+    try:
+        body = base64.b64decode(row["body"], validate=True)
+    except binascii.Error as error:
+        raise GuestError(Reason.BAD_SNAPSHOT, f"body: {error}") from None
+    return Inherited(request, body, read_job(request, body), sent, ready)
+
+
+class Inheritance:
+    """What VMs that are about to come had out at the hosts that they leave, by the VM's name and the transfer's token."""
+
+    def __init__(self) -> None:
+        self._by_machine: dict[str, tuple[float, dict[str, Inherited]]] = {}
+
+    def keep(self, machine: str, rows: list[object], *, first: bool) -> int:
+        """Add to what is kept for this VM, or begin anew. How many there are. Raises what `read_row` raises; then nothing is."""
+        found = [read_row(row) for row in rows]
+        kept = {} if first else self._of(machine)
+        kept.update((one.job.token, one) for one in found)
+        self._by_machine[machine] = time.monotonic() + KEPT_SECONDS, kept
+        return len(kept)
+
+    def tokens(self, machine: str) -> list[str]:
+        """What waits to be taken."""
+        return list(self._of(machine))
+
+    def pop(self, machine: str, token: str) -> Inherited | None:
+        """One, once."""
+        return self._of(machine).pop(token, None)
+
+    def _of(self, machine: str) -> dict[str, Inherited]:
+        until, kept = self._by_machine.get(machine, (0.0, {}))
+        if not kept or time.monotonic() > until:
+            self._by_machine.pop(machine, None)
+            return {}
+        return kept

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are under way when their guest moves go from host to host: the guest's sockets stay where they are."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypervisor_svc.control import ControlError
+from tests.client import make_content
+from tests.namespaces.deployment import wait_for
+from tests.namespaces.test_carry import agent_counters
+from tests.namespaces.test_move import SIZE, download, is_complete, is_here, out
+from tests.namespaces.two_hosts import TwoHosts, two_hosts
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def share(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("share")
+    make_content(str(folder), (1_400_000, SIZE))
+    return folder
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, share: Path) -> Iterator[TwoHosts]:
+    with two_hosts(tmp_path, share) as made:
+        yield made
+
+
+def leave(hosts: TwoHosts, count: int) -> list[dict[str, Any]]:
+    """Until the VM would be stopped; so many are passed on."""
+    out(hosts, count)
+    hosts.host.call("leave", only="share")
+    left = hosts.host.call("leave", pass_on=True)
+    assert (left["connections"], left["passed"], left["home"]) == (count, count, 0)
+    rows: list[dict[str, Any]] = left["rows"]
+    assert len(rows) == count
+    return rows
+
+
+def arrive(hosts: TwoHosts, rows: list[dict[str, Any]]) -> None:
+    for number, row in enumerate(rows):  # as many requests as it takes
+        assert hosts.other.call("expect", rows=[row], first=number == 0)["kept"] == number + 1
+    hosts.move()
+    hosts.host.call("meet", seconds=15)
+
+
+def test_the_guest_is_not_asked(hosts: TwoHosts) -> None:
+    """There and back: they go out once and come home once."""
+    curls = [download(hosts), download(hosts)]
+    for _ in range(3):
+        arrive(hosts, leave(hosts, 2))
+    out(hosts, 2)
+    assert all(is_complete(hosts, curl) for curl in curls)
+    wait_for(lambda: hosts.host.machine()["connections_out"] == 0, "they are home")
+    told = agent_counters(hosts)
+    assert (told["handed_out"], told["handed_back"], told.get("carried", 0)) == (2, 2, 0)
+    assert not [name for name in told if name.startswith(("local", "failed"))]
+    assert hosts.counters()["offloaded"] == 2
+
+
+def test_the_vm_stays_after_all(hosts: TwoHosts) -> None:
+    curl = download(hosts)
+    for _ in range(3):
+        rows = leave(hosts, 1)
+        hosts.other.call("expect", rows=rows, first=True)
+        hosts.other.call("expect", rows=[], first=True)
+        hosts.host.call("return")
+        out(hosts, 1)
+    assert is_complete(hosts, curl)
+    assert agent_counters(hosts)["handed_out"] == 1
+
+
+def test_the_next_host_cannot_be_told(hosts: TwoHosts) -> None:
+    """They come home after all, and are carried."""
+    curl = download(hosts)
+    leave(hosts, 1)
+    assert hosts.host.call("leave")["home"] == 1
+    hosts.move()
+    hosts.host.call("meet", seconds=15)
+    out(hosts, 1)
+    assert agent_counters(hosts)["carried"] == 1
+    assert is_complete(hosts, curl)
+
+
+def test_the_next_host_cannot_take_it(hosts: TwoHosts) -> None:
+    """The guest has it back, and goes on."""
+    curl = download(hosts)
+    rows = leave(hosts, 1)
+    rows[0]["request"]["path"] = "another.bin"
+    arrive(hosts, rows)
+    assert is_complete(hosts, curl)
+    assert hosts.counters()["failed"] == 0
+
+
+def test_the_next_host_does_not_believe_everything(hosts: TwoHosts) -> None:
+    curl = download(hosts)
+    rows = leave(hosts, 1)
+    for wrong in ({**rows[0], "sent_before": -1}, {**rows[0], "body": "?"}, {"ready": True}, 5):
+        with pytest.raises(ControlError, match="what guest brings"):
+            hosts.other.call("expect", rows=[wrong], first=True)
+    arrive(hosts, rows)
+    assert is_complete(hosts, curl)
+
+
+def test_the_agent_is_killed_meanwhile(hosts: TwoHosts) -> None:
+    """The application asks the next one, which asks the next host."""
+    curl = download(hosts)
+    rows = leave(hosts, 1)
+    assert hosts.agent.popen is not None
+    os.kill(hosts.agent.popen.pid, signal.SIGKILL)
+    hosts.agent.popen.wait()
+    hosts.agent.start()
+    wait_for(lambda: hosts.host.machine()["channel"] == "hello", "its next life has met the host")
+    arrive(hosts, rows)
+    assert is_complete(hosts, curl)
+
+
+def test_the_channel_is_cut_meanwhile(hosts: TwoHosts) -> None:
+    """The agent asks for what it knows to be passed on; the VM stays."""
+    curl = download(hosts)
+    leave(hosts, 1)
+    hosts.cut()
+    wait_for(lambda: hosts.host.machine()["channel"] == "hello", "the channel is back")
+    hosts.host.call("return")
+    wait_for(lambda: is_here(hosts), "the guest works with its host")
+    assert is_complete(hosts, curl)
+
+
+def test_the_application_ends_meanwhile(hosts: TwoHosts) -> None:
+    """What nobody wants is ended by whoever has it."""
+    curl = download(hosts)
+    rows = leave(hosts, 1)
+    media = hosts.processes[3]
+    assert media.popen is not None
+    os.kill(media.popen.pid, signal.SIGKILL)
+    media.popen.wait()
+    arrive(hosts, rows)
+    wait_for(lambda: hosts.host.machine()["connections_out"] == 0, "it is ended")
+    assert not is_complete(hosts, curl)
