@@ -18,6 +18,7 @@ from guest_agent.handoff.presence import Presence
 from guest_agent.handoff.recent import Recent
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Established, Event, Header, Message, Violation
+from hypervisor_svc.ask_client import ask
 from hypervisor_svc.channel import Channel
 from hypervisor_svc.connection import Connection, Durations, Guest
 from hypervisor_svc.domains import Machine
@@ -403,7 +404,7 @@ class Guests:
         guest.connections[connection.token] = connection
         self._held.add(connection)
         try:
-            self._handoff.commit(connection, asks=asks)
+            self._handoff.commit(connection)
         except HandoffError as error:
             connection.reason, connection.message = error.reason, str(error)
             self._ends.end(connection)
@@ -414,6 +415,8 @@ class Guests:
         else:
             self._server.add(connection)
         self._held.collect()
+        if asks:
+            ask(connection)
 
     def _relay(self, connection: Connection) -> None:
         try:
@@ -487,8 +490,8 @@ class Guests:
             if header.get("standing_by") is not True:
                 self._ends.recall(connection)
             guest.send(*connection.parting)
-        elif connection.finished:
-            self._ends.finished(connection)
+        elif connection.finished and not self._server.serves(connection):
+            self._ends.finished(connection)  # it could not be told
 
     def _tell_of_another(self, guest: Guest, token: str, header: Header) -> None:
         """Of one that is not here."""

@@ -37,7 +37,7 @@ from guest_agent.handoff.wire import Header
 from hypervisor_svc.connection import Connection, Durations
 from hypervisor_svc.inject import Injector, fin_segment
 from hypervisor_svc.policy import RelayJob
-from hypervisor_svc.redirect import Redirect
+from hypervisor_svc.redirect import SILENT_MARK, SOCKET_MARK, Redirect
 
 CALLED_HOME = frozenset({Reason.OPERATOR, Reason.DRAINING})
 """Reasons of those who want a connection home before its time."""
@@ -74,6 +74,7 @@ class HandBack:
         """From a connection that is served to one that stands at a byte boundary. Raises as `hand_back` does."""
         with self._durations.of("freeze_extract"):
             snapshot = self._take(connection)
+            _mark(connection, SILENT_MARK)
             connection.move(Host.FROZEN)
         _roll_back(connection, snapshot)
         return snapshot
@@ -138,6 +139,7 @@ class HandBack:
         assert connection.sock is not None and not connection.direct
         connection.sent += connection.rolled_back
         connection.move(Host.SERVING)
+        _mark(connection, SOCKET_MARK)
         self._backend.thaw(connection.sock)
         held, connection.held = connection.held, []
         for segment in held:
@@ -184,6 +186,7 @@ class HandBack:
         our copy closes silently."""
         if connection.sock is not None and not connection.direct and is_frozen(connection.sock):
             with contextlib.suppress(OSError):
+                _mark(connection, SOCKET_MARK)
                 self._backend.thaw(connection.sock)
         connection.close()
         connection.state = Host.GONE
@@ -202,6 +205,11 @@ class HandBack:
         if connection.endpoint is not None:
             with contextlib.suppress(OSError, HandoffError):
                 self._redirect.forget(connection.flow, connection.endpoint)
+
+
+def _mark(connection: Connection, mark: int) -> None:
+    assert connection.sock is not None
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
 
 
 def _after_delayed_ack(snapshot: Snapshot) -> Snapshot:

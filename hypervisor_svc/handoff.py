@@ -15,7 +15,6 @@ from dataclasses import replace
 from guest_agent.handoff import kernel
 from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.errors import HandoffError, HostError, Reason
-from guest_agent.handoff.freeze import probe
 from guest_agent.handoff.hold import Hold
 from guest_agent.handoff.snapshot import Snapshot
 from guest_agent.handoff.state import Host
@@ -93,17 +92,14 @@ class Handoff:
         except OSError as error:
             raise HostError(Reason.REDIRECT_FAILED, f"redirect: {error}", errno=error.errno or 0) from None
 
-    def commit(self, connection: Connection, *, asks: bool) -> None:
-        """Thaw: from here the host owns the connection. `asks`: its client may have spoken to nobody meanwhile. Raises
-        HandoffError; the connection must then be ended."""
+    def commit(self, connection: Connection) -> None:
+        """Thaw: from here the host owns the connection. Raises HandoffError; the connection must then be ended."""
         assert connection.sock is not None
         with self._durations.of("commit"):
             try:
                 connection.move(Host.SERVING)
                 self._backend.thaw(connection.sock)
                 self._backend.send_unsent(connection.sock, connection.job.snapshot, more=True)
-                if asks:
-                    probe(connection.sock)
             except OSError as error:
                 raise HostError(Reason.RESTORE_FAILED, f"thaw: {error}", errno=error.errno or 0) from None
         self._durations.add("out", time.monotonic() - connection.started)

@@ -9,8 +9,8 @@ place-holder that it is. So what has to be done while nobody serves does not wai
     guest         `passed`      it need not come home; after the move the agent asks the next host by its token (`resume`)
 
 Who brings it over is `migrate.py`, after everything is frozen here and before QEMU may stop the VM. What the destination cannot
-take is given to the guest, as if it had come home (`Inherited.home`). The client is asked at once how far it is (`freeze.probe`):
-what it said meanwhile nobody heard."""
+take is given to the guest, as if it had come home (`Inherited.home`). The client is asked at once how far it is
+(`ask_client.py`)."""
 
 from __future__ import annotations
 

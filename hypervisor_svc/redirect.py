@@ -19,6 +19,9 @@ from guest_agent.handoff.snapshot import Endpoint
 from hypervisor_svc.conntrack import MARK, MARK_MASK, Conntrack, family_of
 
 SOCKET_MARK = MARK | 1
+SILENT_MARK = MARK | 4
+"""Of a socket that must not speak: TCP_REPAIR stops no timer, and what a frozen copy says is later than its snapshot: what the next
+owner says would be taken for an old packet (RFC 7323 section 5)."""
 """SO_MARK of every socket that the service restores."""
 
 _RULES = f"""
@@ -51,6 +54,7 @@ table inet streamlift {{
     }}
     chain output {{
         type filter hook output priority filter - 10; policy accept;
+        meta mark {SILENT_MARK:#x} drop comment "it was frozen: the next owner speaks"
         meta mark {SOCKET_MARK:#x} ct status & dnat == 0 drop comment "an orphan must not speak as the host"
     }}
 }}

@@ -84,6 +84,10 @@ class Server:
         if fd in self._by_fd:
             self._epoll.register(fd, _EVENTS)
 
+    def serves(self, connection: Connection) -> bool:
+        """Whether it is not sent and acknowledged yet."""
+        return connection.sock is not None and connection.sock.fileno() in self._by_fd
+
     def remove(self, connection: Connection) -> None:
         """Stop serving at a byte boundary; idempotent."""
         self._waiting_for_ack.discard(connection)

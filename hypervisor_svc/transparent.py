@@ -19,7 +19,7 @@ from guest_agent.handoff.snapshot import Endpoint
 from hypervisor_svc import flow_set
 from hypervisor_svc.conntrack import MARK
 from hypervisor_svc.flow_set import FlowSet
-from hypervisor_svc.redirect import SOCKET_MARK, Flow, delete_table, load_rules
+from hypervisor_svc.redirect import SILENT_MARK, SOCKET_MARK, Flow, delete_table, load_rules
 
 TABLE = 21324
 """Number of the routing table that delivers everything locally."""
@@ -36,7 +36,7 @@ table inet streamlift {{
 {flow_set.declaration("home", f"flags timeout; timeout {_HOME_SECONDS}s;")}
     chain prerouting {{
         type filter hook prerouting priority mangle; policy accept;
-        meta l4proto {{ tcp, icmp, ipv6-icmp }} socket transparent 1 socket mark {SOCKET_MARK:#x} jump ours
+        meta l4proto {{ tcp, icmp, ipv6-icmp }} socket transparent 1 socket mark {{ {SOCKET_MARK:#x}, {SILENT_MARK:#x} }} jump ours
     }}
     chain ours {{
         {flow_set.matches("home")[0]} return
@@ -48,6 +48,10 @@ table inet streamlift {{
         meta mark != {PACKET_MARK:#x} accept
         socket transparent 1 accept
         drop comment "the socket went while the packet was on its way: silence, no RST"
+    }}
+    chain output {{
+        type filter hook output priority filter - 10; policy accept;
+        meta mark {SILENT_MARK:#x} drop comment "it was frozen: the next owner speaks"
     }}
 }}
 """
