@@ -31,6 +31,8 @@ DOUBT_LIMIT = 12.0
 """Seconds that a transfer waits for a lost host: longer than the host keeps what nobody claims (`orphan_timeout`)."""
 OFFER_LIMIT = 5.0
 """Seconds until an unanswered offer is asked for again."""
+ASK_AFTER = 0.5
+"""Seconds after the arrival at another host until it is asked for what was passed to it."""
 _REMEMBERED = 8192
 """How many transfers that came home are remembered, for a host that did not hear of it."""
 
@@ -167,15 +169,15 @@ class Transfers:
             self._home.clear()
 
     def _ask_next(self, transfer: Transfer) -> None:
-        """Whether the next host has it: soon, for others want to go out meanwhile."""
+        """Whether the next host has it. If so it is served meanwhile, and may even come home: who wants to go out comes first."""
         if not self._to_ask:
-            self._loop.call_soon(self._ask_some)
+            self._loop.call_later(ASK_AFTER, self._ask_one)
         self._to_ask.append(transfer)
 
-    def _ask_some(self) -> None:
+    def _ask_one(self) -> None:
         transfer = self._to_ask.popleft()
         if self._to_ask:
-            self._loop.call_soon(self._ask_some)
+            self._loop.call_soon(self._ask_one)
         if transfer.token in self._by_token and self._is_up():
             self._resume(transfer)
 

@@ -21,10 +21,13 @@ _SEGMENTS_IN = 140
 """The offset of tcpi_segs_in (linux/tcp.h, struct tcp_info)."""
 
 
-def ask(connection: Connection) -> None:
-    """See above; for one that was thawed a moment ago."""
-    if connection.sock is not None:
-        _ask(connection, connection.sock, _heard(connection.sock), TIMES)
+def ask(connection: Connection, *, after: float) -> None:
+    """See above; for one that was thawed a moment ago, and is heard, perhaps, within the next seconds (`after`) anyway."""
+    sock = connection.sock
+    if sock is not None and after:
+        asyncio.get_running_loop().call_later(after, _ask, connection, sock, _heard(sock), TIMES)
+    elif sock is not None:
+        _ask(connection, sock, _heard(sock), TIMES)
 
 
 def _ask(connection: Connection, sock: socket.socket, before: int, times: int) -> None:

@@ -118,9 +118,9 @@ class Guest:
 class Connection:
     """A client's connection while the host has it. `sent` counts bytes given to the socket; `ready`: the guest's place-holder
     stands where the connection will arrive (None: it has not said yet); `direct`: it goes home without a second question.
-    `sent_before`: bytes that earlier hosts have sent, of which this job knows nothing; `rolled_back`: bytes of the file that were
-    queued and are not on their way home; `kept`: nobody will take it home, it ends here.
-    `relay`: what it is a sink or the source of, `sink` its number there, `cursor` the position where it would go on."""
+    `sent_before`: bytes that earlier hosts have sent, of which this job knows nothing; `told`: so many of the packets that
+    it `held` the next host has; `rolled_back`: bytes of the file that were queued and are not on their way home; `kept`: nobody
+    will take it home, it ends here. `relay`: what it is a sink or the source of, `sink` its number there, `cursor` the position where it would go on."""
 
     guest: Guest
     job: Job
@@ -137,6 +137,7 @@ class Connection:
     errno: int = 0
     cold: bool = False
     held: list[bytes] = field(default_factory=list)
+    told: int = 0
     started: float = field(default_factory=time.monotonic)
     ready: bool | None = None
     waits_for_guest: bool = False

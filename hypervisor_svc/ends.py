@@ -163,6 +163,7 @@ class Ends:
         except (HandoffError, OSError) as error:
             self.client_gone(connection, error.errno or errno.ECONNRESET)
             return None
+        connection.told = 0
         connection.move(Host.PASSED)
         connection.guest.passed[connection.token] = connection.guest.connections.pop(connection.token)
         return write_row(connection, self._hand_back.with_held(connection, snapshot))

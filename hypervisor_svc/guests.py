@@ -18,7 +18,7 @@ from guest_agent.handoff.presence import Presence
 from guest_agent.handoff.recent import Recent
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Established, Event, Header, Message, Violation
-from hypervisor_svc.ask_client import ask
+from hypervisor_svc.ask_client import INTERVAL, ask
 from hypervisor_svc.channel import Channel
 from hypervisor_svc.connection import Connection, Durations, Guest
 from hypervisor_svc.domains import Machine
@@ -28,7 +28,7 @@ from hypervisor_svc.handoff import Handoff
 from hypervisor_svc.held_packets import HeldPackets
 from hypervisor_svc.inject import Injector
 from hypervisor_svc.look import LookWords
-from hypervisor_svc.pass_on import TOKENS, Inheritance, Row
+from hypervisor_svc.pass_on import TOKENS, Inheritance, LatePacket, Row, read_late, write_late
 from hypervisor_svc.policy import (
     Job,
     RelayJob,
@@ -80,7 +80,7 @@ class Guests:
         self._loop = asyncio.get_running_loop()
         self.durations = Durations()
         self._about, self._limits = about, limits
-        self._held = HeldPackets(keep, injector)
+        self._held, self._injector = HeldPackets(keep, injector), injector
         self._handoff = Handoff(backend, redirect, keep, self.durations)
         self._ends = Ends(
             HandBack(backend, redirect, keep, injector, self.durations, collect=self._held.collect),
@@ -225,6 +225,22 @@ class Guests:
         except (HandoffError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"what {machine} brings: {error}") from None
 
+    def late(self, guest: Guest) -> list[LatePacket]:
+        """What clients have said since the last time to what was passed on."""
+        self._held.collect()
+        return [packet for connection in guest.passed.values() for packet in write_late(connection)]
+
+    def put_late(self, machine: str, packets: list[object]) -> int:
+        """What they said to the last host. How many there are. Raises ValueError."""
+        told = [read_late(packet) for packet in packets]
+        connections = {token: one for guest in self if guest.machine.name == machine for token, one in guest.connections.items()}
+        for token, segment in told:
+            if token in connections:
+                self._injector.inject(connections[token].flow, segment)
+            else:
+                self._inheritance.late(machine, token, segment)
+        return len(told)
+
     def inherit(self, guest: Guest) -> None:
         """It runs here now: what was passed on to us is ours, and what we cannot take is told to those who ask for it."""
         for token in self._inheritance.tokens(guest.machine.name):
@@ -245,7 +261,9 @@ class Guests:
             self._disclaimed[token] = inherited.home(str(error)), inherited.body
         else:
             guest.counters["inherited"] += 1
-            self._begin(guest, connection, asks=True)
+            self._begin(guest, connection, ask_after=INTERVAL)
+            for segment in inherited.late:
+                self._injector.inject(connection.flow, segment)
 
     def keep(self, connection: Connection) -> bool:
         """The rest of a file is sent from here, whoever was to have the connection; False if that is not to be."""
@@ -397,10 +415,10 @@ class Guests:
         """The guest is told, and then it is ours."""
         guest.counters["handed_out"] += 1
         guest.send({"type": "taken", "token": connection.token})
-        self._begin(guest, connection, asks=guest.presence is Presence.RETURNING)
+        self._begin(guest, connection, ask_after=0.0 if guest.presence is Presence.RETURNING else None)
 
-    def _begin(self, guest: Guest, connection: Connection, *, asks: bool) -> None:
-        """`asks`: while its VM arrived, its client may have spoken to nobody."""
+    def _begin(self, guest: Guest, connection: Connection, *, ask_after: float | None) -> None:
+        """While its VM arrived, its client may have spoken to nobody: then it is asked, after so many seconds."""
         guest.connections[connection.token] = connection
         self._held.add(connection)
         try:
@@ -415,8 +433,8 @@ class Guests:
         else:
             self._server.add(connection)
         self._held.collect()
-        if asks:
-            ask(connection)
+        if ask_after is not None:
+            ask(connection, after=ask_after)
 
     def _relay(self, connection: Connection) -> None:
         try:

@@ -200,6 +200,13 @@ class _Heir:
         for number, piece in enumerate(pieces):
             call(self._control, "expect", machine=self._name, rows=piece, first=number == 0)
 
+    def carry_late(self, control: str) -> None:
+        """What clients still say to the service at `control`, which the VM leaves."""
+        with contextlib.suppress(ControlError):
+            late = call(control, "late", machine=self._name)["late"]
+            if late:
+                call(self._control, "expect", machine=self._name, late=late)
+
     def forget(self) -> None:
         """The VM does not come."""
         with contextlib.suppress(ControlError):
@@ -241,9 +248,15 @@ class _Held:
         """To its end."""
         job.insist(self._hold.stop)
         limit = time.monotonic() + STOP_LIMIT
-        _watch(self._domain, job, self._on_step, until=lambda stats: time.monotonic() > limit)
+        _watch(self._domain, job, self._on_step, until=lambda stats: self._carry_late() or time.monotonic() > limit)
         job.insist(self._hold.release)
-        _watch(self._domain, job, self._on_step)
+        _watch(self._domain, job, self._on_step, until=lambda stats: self._carry_late())
+
+    def _carry_late(self) -> bool:
+        """False: it is never enough."""
+        if self._heir is not None:
+            self._heir.carry_late(self._plan.control)
+        return False
 
     def _copy(self, job: _Job) -> bool:
         """Until everything has to come home; whether QEMU is held meanwhile. If the VM was quicker, what was out is lost."""

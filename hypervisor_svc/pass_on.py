@@ -6,6 +6,7 @@ place-holder that it is. So what has to be done while nobody serves does not wai
                   take_again()  the VM stays: it thaws, and has lost nothing (`ends.py`)
     destination   keep()        what is about to come: nothing is touched yet
                   take()        the VM runs here: open, restore, redirect, thaw, as with any other (`handoff.py`)
+                  late()        what clients said meanwhile to the one, until its VM is gone, the other puts on the road
     guest         `passed`      it need not come home; after the move the agent asks the next host by its token (`resume`)
 
 Who brings it over is `migrate.py`, after everything is frozen here and before QEMU may stop the VM. What the destination cannot
@@ -17,7 +18,7 @@ from __future__ import annotations
 import base64
 import binascii
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from guest_agent.handoff.errors import GuestError, Reason
@@ -26,6 +27,8 @@ from guest_agent.handoff.wire import Header
 from hypervisor_svc.connection import Connection
 from hypervisor_svc.policy import Job, RelayJob, read_job
 
+LatePacket = tuple[str, str]
+"""A TCP segment of a client, as JSON: the connection's token, and base64."""
 Row = dict[str, Any]
 """One connection, as JSON: {"request": a hand_out message, "body": its queues (base64), "sent_before": bytes, "ready": bool}."""
 
@@ -76,6 +79,7 @@ class Inherited:
     job: Job
     sent_before: int
     ready: bool
+    late: list[bytes] = field(default_factory=list)
 
     def home(self, message: str) -> Header:
         """What the guest is told of one that cannot be taken: it is its own at once."""
@@ -91,6 +95,20 @@ class Inherited:
             "closed": False,
             "snapshot": self.request["snapshot"],
         }
+
+
+def write_late(connection: Connection) -> list[LatePacket]:
+    """What has come since the last time. It stays held: if the VM stays, it is needed here."""
+    fresh, connection.told = connection.held[connection.told :], len(connection.held)
+    return [(connection.token, base64.b64encode(segment).decode()) for segment in fresh]
+
+
+def read_late(packet: object) -> tuple[str, bytes]:
+    """The inverse. Raises ValueError for anything else."""
+    match packet:
+        case [str(token), str(segment)]:
+            return token, base64.b64decode(segment, validate=True)
+    raise ValueError("a packet is a token and base64")
 
 
 def read_row(row: object) -> Inherited:
@@ -124,6 +142,12 @@ class Inheritance:
     def tokens(self, machine: str) -> list[str]:
         """What waits to be taken."""
         return list(self._of(machine))
+
+    def late(self, machine: str, token: str, segment: bytes) -> None:
+        """For one that is not taken yet; of any other it is lost."""
+        inherited = self._of(machine).get(token)
+        if inherited is not None:
+            inherited.late.append(segment)
 
     def pop(self, machine: str, token: str) -> Inherited | None:
         """One, once."""

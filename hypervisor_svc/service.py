@@ -198,6 +198,7 @@ class Service:
             "leave": self._leave,
             "return": self._return,
             "expect": self._expect,
+            "late": self._late,
             "meet": self._meet,
         }
 
@@ -292,8 +293,10 @@ class Service:
 
     def _expect(self, request: dict[str, Any]) -> dict[str, Any]:
         """A VM is about to come (libvirt's hook says so): look at once. With `rows`: what it will bring (`pass_on.py`), the `first`
-        of them, or more."""
-        machine, rows = str(request.get("machine")), request.get("rows")
+        of them, or more; with `late`: what clients still say to the host that it leaves."""
+        machine, rows, late = str(request.get("machine")), request.get("rows"), request.get("late")
+        if isinstance(late, list):
+            return {"late": self._guests.put_late(machine, late)}
         if isinstance(rows, list):
             return {"kept": self._guests.expect(machine, rows, first=request.get("first") is True)}
         log.info("%s is expected", machine)
@@ -301,6 +304,10 @@ class Service:
             self._domains.refresh()
         machines = [guest.machine.name for guest in self._guests]
         return {"version": __version__, "machines": machines, "features": ["pass_on"]}
+
+    def _late(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What clients have said, since the last time, to what was passed on to the next host."""
+        return {"late": self._guests.late(self._guest(request))}
 
     async def _meet(self, request: dict[str, Any]) -> dict[str, Any]:
         """Until the VM has come and works with this host."""
