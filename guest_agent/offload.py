@@ -59,6 +59,8 @@ __all__ = [
 
 PRIORITIES = ("low", "normal", "high")
 ON_MOVE = ("wait", "local")
+_LEAVING = "draining"
+"""The reason of a refusal that says nothing of the file: the next host is asked."""
 
 Target = socket.socket | asyncio.WriteTransport | asyncio.StreamWriter
 
@@ -192,7 +194,8 @@ async def _send_async(way: _OfSocket | _OfTransport, offset: int, count: int) ->
                 return _conclude(reply, done)
             if hold is not None:
                 link.attendance.let_go_of(hold)
-                refused = hold.away and (file == hold.stand_in or way.unsuitable(left) is not None)
+                unknown = file == hold.stand_in and reply.reason != _LEAVING
+                refused = hold.away and (unknown or way.unsuitable(left) is not None)
                 if done.sent < count and (reply.away or hold.away):  # it may be back already
                     continue
                 hold.check()

@@ -59,6 +59,13 @@ class Attendance:
         """Until the host can be asked for a file of the share, or it is here."""
         await self._askable.wait()
 
+    async def another(self) -> None:
+        """The host did not answer for a file: until the next one can be asked, if this one is being left, or the share is here."""
+        if self.may_look:
+            await self.present()
+        else:
+            await self.askable()
+
     def notify(self, on_leave: Notice | None, on_return: Notice | None) -> None:
         """Have both called from now on."""
         self._notices.append((on_leave, on_return))

@@ -49,7 +49,7 @@ async def open_file(path: str, *, beneath: str = "/") -> File:
         except OSError as error:
             if error.errno in _FINAL:
                 raise
-            await attendance.present()
+            await attendance.another()
             continue
         if not attendance.away:
             os.close(fd)
@@ -76,13 +76,14 @@ async def descriptor(hold: HeldFile, *, refused: bool = False) -> int:
     not be opened again."""
     attendance = offload_asyncio.link().attendance
     attendance.let_go_of(hold)
-    if hold.away and not refused:
+    if hold.away and refused:
+        await attendance.present()
+    while hold.away:
         await attendance.askable()
         await _stand_in(hold)
         if hold.stand_in >= 0:
             return hold.stand_in
-    if hold.away:
-        await attendance.present()
+        await attendance.another()
     hold.check()
     return hold.fd
 

@@ -120,7 +120,8 @@ class Connection:
     stands where the connection will arrive (None: it has not said yet); `direct`: it goes home without a second question.
     `sent_before`: bytes that earlier hosts have sent, of which this job knows nothing; `told`: so many of the packets that
     it `held` the next host has; `rolled_back`: bytes of the file that were queued and are not on their way home; `kept`: nobody
-    will take it home, it ends here. `relay`: what it is a sink or the source of, `sink` its number there, `cursor` the position where it would go on."""
+    will take it home, it ends here. `relay`: what it is a sink or the source of, `sink` its number there, `cursor` the position
+    where it would go on."""
 
     guest: Guest
     job: Job

@@ -37,6 +37,8 @@ PROGRESS_INTERVAL = 0.1
 LOOK_INTERVAL = 0.025
 """Seconds between two looks at how much is left to copy."""
 MEET_SECONDS = 30.0
+LATE_INTERVAL = 0.01
+"""Seconds that a packet which came to the last host waits there at most."""
 HEIR_PIECE = 8 << 20
 """Bytes in one request."""
 LEAVE_PATIENCE = 3600.0
@@ -200,12 +202,14 @@ class _Heir:
         for number, piece in enumerate(pieces):
             call(self._control, "expect", machine=self._name, rows=piece, first=number == 0)
 
-    def carry_late(self, control: str) -> None:
-        """What clients still say to the service at `control`, which the VM leaves."""
-        with contextlib.suppress(ControlError):
-            late = call(control, "late", machine=self._name)["late"]
-            if late:
-                call(self._control, "expect", machine=self._name, late=late)
+    def carry_late(self, control: str, over: threading.Event) -> None:
+        """What clients still say to the service at `control`, which the VM leaves, until it is over. libvirt's calls may take long
+        in these moments, so it is a thread's work."""
+        while not over.wait(LATE_INTERVAL):
+            with contextlib.suppress(ControlError):
+                late = call(control, "late", machine=self._name)["late"]
+                if late:
+                    call(self._control, "expect", machine=self._name, late=late)
 
     def forget(self) -> None:
         """The VM does not come."""
@@ -246,17 +250,13 @@ class _Held:
 
     def _go_on(self, job: _Job) -> None:
         """To its end."""
+        if self._heir is not None:
+            threading.Thread(target=self._heir.carry_late, args=(self._plan.control, job.over), name="late", daemon=True).start()
         job.insist(self._hold.stop)
         limit = time.monotonic() + STOP_LIMIT
-        _watch(self._domain, job, self._on_step, until=lambda stats: self._carry_late() or time.monotonic() > limit)
+        _watch(self._domain, job, self._on_step, until=lambda stats: time.monotonic() > limit)
         job.insist(self._hold.release)
-        _watch(self._domain, job, self._on_step, until=lambda stats: self._carry_late())
-
-    def _carry_late(self) -> bool:
-        """False: it is never enough."""
-        if self._heir is not None:
-            self._heir.carry_late(self._plan.control)
-        return False
+        _watch(self._domain, job, self._on_step)
 
     def _copy(self, job: _Job) -> bool:
         """Until everything has to come home; whether QEMU is held meanwhile. If the VM was quicker, what was out is lost."""
