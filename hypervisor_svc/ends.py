@@ -156,7 +156,8 @@ class Ends:
         try:
             snapshot = self._hand_back.freeze(connection)
             if not is_whole(connection, snapshot):
-                connection.reason, connection.message = Reason.DRAINING, "the host gives the connection back"
+                if connection.sent < connection.job.count:
+                    connection.reason, connection.message = Reason.DRAINING, "the host gives the connection back"
                 self._hand_back.send_home(connection, snapshot)
                 self._await_guest(connection)
                 return None

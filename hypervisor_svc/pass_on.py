@@ -41,12 +41,13 @@ TOKENS = 256
 
 
 def can_be_passed(connection: Connection) -> bool:
-    """Whether there is a file with something left, and nobody wants the connection back for another reason."""
-    return not isinstance(connection.job, RelayJob) and connection.reason is None and connection.sent < connection.job.count
+    """Whether there is a file, and nobody wants the connection back for another reason."""
+    return not isinstance(connection.job, RelayJob) and connection.reason is None
 
 
 def is_whole(connection: Connection, snapshot: Snapshot) -> bool:
-    """Whether what was frozen is all that the next host needs: no FIN of the client is to be said again, and not too much waits."""
+    """Whether what was frozen is all that the next host needs: something is left to send, no FIN of the client is to be said again,
+    and not too much waits."""
     queued = len(snapshot.receive_queue) + len(snapshot.unacked) + len(snapshot.unsent)
     return not connection.fin and queued <= MAX_BODY and connection.sent < connection.job.count
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from tests.client import make_content
 from tests.namespaces.deployment import wait_for
 from tests.namespaces.test_carry import agent_counters
 from tests.namespaces.test_move import SIZE, download, is_complete, is_here, out
-from tests.namespaces.two_hosts import TwoHosts, two_hosts
+from tests.namespaces.two_hosts import GUEST, TwoHosts, two_hosts
 
 pytestmark = pytest.mark.root
 
@@ -145,3 +147,47 @@ def test_the_application_ends_meanwhile(hosts: TwoHosts) -> None:
     arrive(hosts, rows)
     wait_for(lambda: hosts.host.machine()["connections_out"] == 0, "it is ended")
     assert not is_complete(hosts, curl)
+
+
+def test_what_a_client_says_meanwhile_is_not_lost(hosts: TwoHosts) -> None:
+    """Its window opens while nobody serves; no question would be answered so soon again (tcp_invalid_ratelimit)."""
+    reader = hosts.client.popen([sys.executable, "-c", _FITFUL], stdout=subprocess.PIPE)
+    out(hosts, 1)
+    hosts.host.call("leave", only="share")
+    left = hosts.host.call("leave", pass_on=True)
+    hosts.other.call("expect", rows=left["rows"], first=True)
+    late: list[Any] = []
+
+    def opened() -> bool:
+        late.extend(hosts.host.call("late")["late"])
+        return bool(late)
+
+    wait_for(opened, "the client's window has opened")
+    assert hosts.host.call("late")["late"] == []
+    hosts.other.call("expect", late=late)
+    hosts.move()
+    hosts.host.call("meet", seconds=15)
+    assert is_complete(hosts, reader)
+
+
+_FITFUL = f"""
+import hashlib, socket, time
+client, digest, left = socket.socket(), hashlib.sha256(), {SIZE}
+client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+client.connect(("{GUEST}", 80))
+client.sendall(b"GET /{SIZE}.bin HTTP/1.1\\r\\nHost: guest\\r\\n\\r\\n")
+file = client.makefile("rb", buffering=4096)
+while file.readline().strip():
+    pass
+for pieces in range(40):  # in fits, then all at once
+    data = file.read(16384)
+    digest.update(data)
+    left -= len(data)
+    time.sleep(0.1)
+client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+while left:
+    data = file.read(min(left, 65536))
+    digest.update(data)
+    left -= len(data)
+print(digest.hexdigest())
+"""
