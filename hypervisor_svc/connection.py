@@ -40,9 +40,7 @@ class Guest:
     hello: Header = field(default_factory=dict)
     connections: dict[str, Connection] = field(default_factory=dict)
     passed: dict[str, Connection] = field(default_factory=dict)
-    doubted: dict[str, Connection] = field(default_factory=dict)
-    """`passed`: frozen here, for the host that it moves to (`pass_on.py`). `doubted`: the same, after its agent said hello anew:
-    it may have been there, unless it asks for them."""
+    """Frozen here, for the host that it moves to (`pass_on.py`)."""
     relays: dict[str, Relay] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)

@@ -167,7 +167,7 @@ class Ends:
         connection.told = 0
         connection.move(Host.PASSED)
         connection.guest.passed[connection.token] = connection.guest.connections.pop(connection.token)
-        return write_row(connection, self._hand_back.with_held(connection, snapshot))
+        return write_row(connection, snapshot)
 
     def take_again(self, connection: Connection) -> bool:
         """One that was passed on: its VM has not moved. Whether it can be served on."""
@@ -183,6 +183,7 @@ class Ends:
 
     def let_pass(self, connection: Connection) -> None:
         """Its VM is gone, and with it the connection: the frozen copy closes silently."""
+        connection.guest.passed.pop(connection.token, None)
         self._hand_back.forget(connection)
         self._forget(connection)
         connection.close()

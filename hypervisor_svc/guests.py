@@ -210,13 +210,11 @@ class Guests:
         for connection in list(guest.passed.values()):
             if self._ends.take_again(connection):
                 self._server.add(connection)
-        self._let_pass(guest)
 
     def _let_pass(self, guest: Guest) -> None:
         """What was passed on, and somebody may have."""
-        for connection in (*guest.passed.values(), *guest.doubted.values()):
+        for connection in list(guest.passed.values()):
             self._ends.let_pass(connection)
-        guest.passed, guest.doubted = {}, {}
 
     def expect(self, machine: str, rows: list[object], *, first: bool) -> int:
         """What a VM of this name will bring, beyond what it is known to bring unless these are the first. Raises ValueError."""
@@ -288,7 +286,6 @@ class Guests:
             self._message(guest, event)
         elif isinstance(event, Established):
             before, guest.hello = guest.hello, event.hello
-            guest.doubted, guest.passed = {**guest.doubted, **guest.passed}, {}
             same = before.get("instance") == event.hello.get("instance")
             log.info("%s: agent %s answers", guest.machine.name, event.hello.get("agent_version", "?"))
             if same:
@@ -513,8 +510,7 @@ class Guests:
 
     def _tell_of_another(self, guest: Guest, token: str, header: Header) -> None:
         """Of one that is not here."""
-        if token in guest.doubted:
-            guest.passed[token] = guest.doubted.pop(token)
+        if token in guest.passed:
             guest.send({"type": "passed", "tokens": [token]})
         elif token in self._disclaimed:
             guest.send(*self._disclaimed[token])

@@ -82,18 +82,13 @@ class HandBack:
     def send_home(self, connection: Connection, snapshot: Snapshot) -> None:
         """What was frozen."""
         connection.direct = _as_expected(connection, snapshot) and self._unredirected(connection)
-        snapshot = self.with_held(connection, snapshot)
+        self._collect()
+        snapshot, held = absorb(snapshot, connection.held)
+        connection.held = [segment for segment in held if not is_stale(segment, snapshot.send_sequence)]
         header, body = encode(snapshot)
         connection.parting = (self._message(connection, header), body)
         connection.move(Host.RETURNING)
         connection.guest.send(*connection.parting)
-
-    def with_held(self, connection: Connection, snapshot: Snapshot) -> Snapshot:
-        """The snapshot as it would be if what the frozen copy did not take had come before; the rest is still held."""
-        self._collect()
-        snapshot, held = absorb(snapshot, connection.held)
-        connection.held = [segment for segment in held if not is_stale(segment, snapshot.send_sequence)]
-        return snapshot
 
     def _unredirected(self, connection: Connection) -> bool:
         try:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,24 @@ def test_the_agent_is_killed_meanwhile(hosts: TwoHosts) -> None:
     wait_for(lambda: hosts.host.machine()["channel"] == "hello", "its next life has met the host")
     arrive(hosts, rows)
     assert is_complete(hosts, curl)
+
+
+def test_the_agent_is_killed_while_it_leaves(hosts: TwoHosts) -> None:
+    """The VM stays; its next life has all of them."""
+    curls = [download(hosts), download(hosts)]
+    out(hosts, 2)
+    hosts.host.call("leave", only="share")
+    assert hosts.agent.popen is not None
+    os.kill(hosts.agent.popen.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as threads:
+        left = threads.submit(hosts.host.call, "leave", pass_on=True)
+        wait_for(lambda: hosts.host.machine()["connections_out"] == 0, "they are passed on")
+        os.kill(hosts.agent.popen.pid, signal.SIGKILL)
+        hosts.agent.popen.wait()
+        hosts.agent.start()
+        with pytest.raises(ControlError, match="restarted meanwhile"):
+            left.result()
+    assert all(is_complete(hosts, curl) for curl in curls)
 
 
 def test_the_channel_is_cut_meanwhile(hosts: TwoHosts) -> None:
