@@ -59,7 +59,6 @@ class Departure:
         self._message, self._call = "", 0
         self._mounts: tuple[Mount, ...] = ()
         self._task: asyncio.Task[None] | None = None
-        self._mounting: asyncio.Future[None] | None = None
         self._alone: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -88,9 +87,6 @@ class Departure:
         self._begin(header, Presence.LEAVING, Presence.AWAY)
 
     def _begin(self, header: Header, by: Presence, to: Presence) -> None:
-        if self._mounting is not None:  # it cannot be called off
-            self._mounting.add_done_callback(lambda done: self._begin(header, by, to))
-            return
         call = header.get("call")
         self._call = call if type(call) is int else 0
         if by not in PRESENCE_MOVES[self.presence]:
@@ -157,7 +153,7 @@ class Departure:
         complained = ""
         while self._mounts:
             try:
-                await self._mount_next()
+                self._mount_all()
             except OSError as error:
                 if str(error) != complained:
                     complained = str(error)
@@ -169,16 +165,12 @@ class Departure:
         self._go_to(Presence.HERE, self._message)
         self._applications.here()
 
-    async def _mount_next(self) -> None:
-        """In a thread: connections go out meanwhile."""
-        mount = self._mounts[0]
-        if not mounts_at((mount.target,)):
-            self._mounting = self._loop.run_in_executor(None, mount_again, mount)
-            try:
-                await self._mounting
-            finally:
-                self._mounting = None
-        self._mounts = self._mounts[1:]
+    def _mount_all(self) -> None:
+        there = {mount.target for mount in mounts_at(tuple(mount.target for mount in self._mounts))}
+        for mount in self._mounts:
+            if mount.target not in there:
+                mount_again(mount)
+            self._mounts = self._mounts[1:]
 
     # What the channel does.
 
