@@ -241,8 +241,8 @@ class Service:
         }
 
     def _connections(self, request: dict[str, Any]) -> dict[str, Any]:
-        rows = [_connection_status(c) for guest in self._guests for c in guest.connections.values()]
-        return {"connections": rows}
+        found = [c for guest in self._guests for c in (*guest.connections.values(), *guest.passed.values())]
+        return {"connections": [_connection_status(connection) for connection in found]}
 
     def _relays(self, request: dict[str, Any]) -> dict[str, Any]:
         return {"relays": self._guests.relays.rows(iter(self._guests))}
