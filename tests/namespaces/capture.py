@@ -156,9 +156,10 @@ def judge(packets: Iterator[Packet], servers: set[tuple[str, int]], *, resets: i
 
 
 def _is_probe(server: _Server, packet: Packet) -> bool:
-    """A keepalive with its garbage octet (RFC 9293 section 3.8.4); what it acknowledges may be older than the last."""
+    """A keepalive (RFC 9293 section 3.8.4), with its garbage octet, or with an acknowledgement that is older than the last."""
     below = (packet.sequence - server.start - len(server.stream)) & _HALF
-    return bool(below and packet.flags == ACK and len(packet.payload) == 1)
+    old = server.acknowledged is not None and (packet.acknowledge - server.acknowledged) & _HALF
+    return bool(below and packet.flags == ACK and (len(packet.payload) == 1 or (old and not packet.payload)))
 
 
 def _check(server: _Server, packet: Packet) -> Iterator[str]:
