@@ -2,11 +2,13 @@
 """A file that is under way when its VM moves goes from host to host, and not through the guest, whose socket stays the silent
 place-holder that it is. So what has to be done while nobody serves does not wait for the guest::
 
-    source        pass_on()     freeze, extract; the frozen copy stays until the VM is gone, and then closes silently
-                  take_again()  the VM stays: it thaws, and has lost nothing (`ends.py`)
-    destination   keep()        what is about to come: nothing is touched yet
-                  take()        the VM runs here: open, restore, redirect, thaw, as with any other (`handoff.py`)
-                  late()        what clients said meanwhile to the one, until its VM is gone, the other puts on the road
+    source        pass_on()     freeze, extract; the frozen copy stays (`ends.py`)
+                  late()        what clients say to it meanwhile is told as well
+                  take_again()  the VM stays: it thaws, and has lost nothing
+                  let_pass()    the VM is gone: it closes silently
+    destination   expect()      what is about to come is kept: nothing is touched yet
+                  inherit()     the VM runs here: open, restore, redirect, thaw, as with any other (`handoff.py`)
+                  put_late()    what clients said to the last host goes on the road
     guest         `passed`      it need not come home; after the move the agent asks the next host by its token (`resume`)
 
 Who brings it over is `migrate.py`, after everything is frozen here and before QEMU may stop the VM. What the destination cannot
@@ -16,12 +18,11 @@ take is given to the guest, as if it had come home (`Inherited.home`). The clien
 from __future__ import annotations
 
 import base64
-import binascii
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from guest_agent.handoff.errors import GuestError, Reason
+from guest_agent.handoff.errors import Reason
 from guest_agent.handoff.snapshot import Snapshot, encode
 from guest_agent.handoff.wire import Header
 from hypervisor_svc.connection import Connection
@@ -119,10 +120,7 @@ def read_row(row: object) -> Inherited:
     request, sent, ready = row["request"], row["sent_before"], row["ready"]
     if not isinstance(request, dict) or type(sent) is not int or sent < 0 or type(ready) is not bool:
         raise ValueError("a connection: request, sent_before or ready is not what it is to be")
-    try:
-        body = base64.b64decode(row["body"], validate=True)
-    except binascii.Error as error:
-        raise GuestError(Reason.BAD_SNAPSHOT, f"body: {error}") from None
+    body = base64.b64decode(row["body"], validate=True)
     return Inherited(request, body, read_job(request, body), sent, ready)
 
 

@@ -19,10 +19,10 @@ from guest_agent.handoff.snapshot import Endpoint
 from hypervisor_svc.conntrack import MARK, MARK_MASK, Conntrack, family_of
 
 SOCKET_MARK = MARK | 1
+"""SO_MARK of every socket that the service restores."""
 SILENT_MARK = MARK | 4
 """Of a socket that must not speak: TCP_REPAIR stops no timer, and what a frozen copy says is later than its snapshot: what the next
 owner says would be taken for an old packet (RFC 7323 section 5)."""
-"""SO_MARK of every socket that the service restores."""
 
 _RULES = f"""
 table inet streamlift {{
