@@ -7,31 +7,15 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from guest_agent.carry import CARRY_LIMIT
-from tests.client import make_content
 from tests.namespaces.deployment import wait_for
-from tests.namespaces.test_move import SIZE, download, is_complete, is_here, out
-from tests.namespaces.two_hosts import TwoHosts, two_hosts
+from tests.namespaces.test_move import download, is_complete, is_here, out
+from tests.namespaces.two_hosts import TwoHosts
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module")
-def share(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("share")
-    make_content(str(folder), (1_400_000, SIZE))
-    return folder
-
-
-@pytest.fixture
-def hosts(tmp_path: Path, share: Path) -> Iterator[TwoHosts]:
-    with two_hosts(tmp_path, share) as made:
-        yield made
 
 
 def agent_counters(hosts: TwoHosts) -> dict[str, int]:

@@ -11,35 +11,17 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from hypervisor_svc.control import ControlError
-from tests.client import make_content
 from tests.namespaces.deployment import LIVE_PASSWORD, LIVE_PORT, wait_for
 from tests.namespaces.test_leave import Reader
-from tests.namespaces.two_hosts import GUEST, TwoHosts, two_hosts
+from tests.namespaces.two_hosts import GUEST, SIZE, TwoHosts
 from tests.transport_stream import stream
 
 pytestmark = pytest.mark.root
-
-SIZE = 64_000_000
-
-
-@pytest.fixture(scope="module")
-def share(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("share")
-    make_content(str(folder), (1000, 1_400_000, SIZE))
-    return folder
-
-
-@pytest.fixture
-def hosts(tmp_path: Path, share: Path) -> Iterator[TwoHosts]:
-    with two_hosts(tmp_path, share) as made:
-        yield made
 
 
 def download(hosts: TwoHosts, rate: str = "12M") -> subprocess.Popen[bytes]:
@@ -154,10 +136,7 @@ def test_a_live_stream_whose_channel_is_cut_on_the_way(hosts: TwoHosts, cut: str
         sender.start()
         hosts.host.call("leave", only="share")
         if cut == "while_it_serves":
-            log = hosts.host.service.log
-            hellos = log.read_text().count("answers")
-            hosts.cut()
-            wait_for(lambda: log.read_text().count("answers") > hellos, "the channel is back")
+            hosts.cut_for_a_moment()
             hosts.host.call("leave")
         else:
             with ThreadPoolExecutor(1) as pool:

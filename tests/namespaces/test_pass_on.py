@@ -7,34 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hypervisor_svc.control import ControlError
-from tests.client import make_content
 from tests.namespaces.deployment import wait_for
 from tests.namespaces.test_carry import agent_counters
-from tests.namespaces.test_move import SIZE, download, is_complete, is_here, out
-from tests.namespaces.two_hosts import GUEST, TwoHosts, two_hosts
+from tests.namespaces.test_move import download, is_complete, is_here, out
+from tests.namespaces.two_hosts import GUEST, SIZE, TwoHosts
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module")
-def share(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("share")
-    make_content(str(folder), (1_400_000, SIZE))
-    return folder
-
-
-@pytest.fixture
-def hosts(tmp_path: Path, share: Path) -> Iterator[TwoHosts]:
-    with two_hosts(tmp_path, share) as made:
-        yield made
 
 
 def leave(hosts: TwoHosts, count: int) -> list[dict[str, Any]]:
@@ -148,8 +132,7 @@ def test_the_channel_is_cut_meanwhile(hosts: TwoHosts) -> None:
     """The agent asks for what it knows to be passed on; the VM stays."""
     curl = download(hosts)
     leave(hosts, 1)
-    hosts.cut()
-    wait_for(lambda: hosts.host.machine()["channel"] == "hello", "the channel is back")
+    hosts.cut_for_a_moment()
     hosts.host.call("return")
     wait_for(lambda: is_here(hosts), "the guest works with its host")
     assert is_complete(hosts, curl)

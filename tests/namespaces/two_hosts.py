@@ -23,6 +23,8 @@ from tests.namespaces.deployment import LIVE_PASSWORD, LIVE_PORT, Process, backe
 from tests.namespaces.topology import Namespace, namespace
 
 GUEST = "10.77.1.2"
+SIZE = 64_000_000
+"""Bytes of the file that is under way while the guest moves."""
 _NETWORK = {"a": 10, "b": 11}
 
 
@@ -78,6 +80,13 @@ class TwoHosts:
         """Close the port at the host; it may open it again."""
         with socket.socket(socket.AF_UNIX) as another:
             another.connect(str(self.folder / "port.sock"))
+
+    def cut_for_a_moment(self) -> None:
+        """Until the agent has said hello again; the state of before may still be told after `cut`."""
+        log = self.host.service.log
+        hellos = log.read_text().count("answers")
+        self.cut()
+        wait_for(lambda: log.read_text().count("answers") > hellos, "the channel is back")
 
     def move(self) -> None:
         """The guest's end of a migration: its port and its address are at the other host afterwards."""
