@@ -16,6 +16,7 @@ from tests.client import make_content
 from tests.namespaces import capture
 from tests.namespaces.deployment import ROOT, Deployment, deployed, wait_for
 from tests.namespaces.topology import Network, bridged, routed
+from tests.open_files import open_files
 
 pytestmark = pytest.mark.root
 
@@ -109,10 +110,6 @@ def test_a_thousand_out_at_once_and_all_home_again(share: Path, tmp_path: Path) 
         assert_offloaded(deployment)
 
 
-def _open_files(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
-
-
 def _resident_kib(pid: int) -> int:
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0])
@@ -123,7 +120,7 @@ def _footprint(deployment: Deployment) -> list[tuple[int, int]]:
     wait_for(lambda: not deployment.call("connections")["connections"], "all home")
     assert deployment.agent.popen is not None
     pids = deployment.status()["pid"], deployment.agent.popen.pid
-    return [(_open_files(pid), _resident_kib(pid)) for pid in pids]
+    return [(open_files(pid), _resident_kib(pid)) for pid in pids]
 
 
 def _hand_out(deployment: Deployment, handoffs: int) -> None:

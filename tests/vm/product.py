@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hypervisor_svc import control
+from tests.open_files import fewest
 from tests.vm.libvirt_host import LibvirtHost, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +115,8 @@ class Product:
 
     def open_files(self) -> int:
         """File descriptors of the service."""
-        return len(self.host.run("ls", f"/proc/{self.ask('status')['pid']}/fd").split())
+        folder = f"/proc/{self.ask('status')['pid']}/fd"
+        return fewest(lambda: len(self.host.run("ls", folder).split()))
 
     def redirects(self) -> list[str]:
         """Connections that conntrack maps to another address."""
