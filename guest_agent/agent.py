@@ -17,7 +17,7 @@ from guest_agent.applications import Applications
 from guest_agent.channel import Channel
 from guest_agent.handoff.backend import choose
 from guest_agent.handoff.hold import Hold
-from guest_agent.handoff.presence import HANDING_OUT
+from guest_agent.handoff.presence import HANDING_OUT, Presence
 from guest_agent.handoff.wire import Established, Event, Message, Violation
 from guest_agent.leave import Departure
 from guest_agent.look import Looks
@@ -71,6 +71,7 @@ class Agent:
             is_up=lambda: self._channel.up,
             is_here=lambda: self._departure.presence in HANDING_OUT,
             moves=lambda: self._departure.moves,
+            is_leaving=lambda: self._departure.presence not in (Presence.HERE, Presence.LETTING_GO),
         )
         self._relays = Relays(
             send=self._channel.send,
@@ -88,6 +89,7 @@ class Agent:
             hello=self._hello,
             status=self._status,
             shares=self._shares,
+            is_up=lambda: self._channel.up,
         )
         self._departure = Departure(
             self._applications,
@@ -139,8 +141,6 @@ class Agent:
             self._departure.come_back()
         elif kind == "seen":
             self._looks.message(event.header)
-        elif kind == "passed":
-            self._transfers.passed(event.header)
         elif kind.startswith("relay_"):
             self._relays.message(event.header, event.body)
         elif kind != "pong":
@@ -148,13 +148,15 @@ class Agent:
 
     def _down(self) -> None:
         log.warning("the host's service is away")
+        self._applications.host_down()
         self._transfers.host_down()
         self._looks.host_down()
         self._departure.host_down()
 
-    async def _all_home(self) -> None:
+    async def _all_home(self, files: bool) -> None:
         await self._relays.all_closed()
-        await self._transfers.all_home()
+        if files:
+            await self._transfers.all_home()
 
     def _shares(self) -> tuple[str, ...]:
         """Those too that are only unmounted for a move."""

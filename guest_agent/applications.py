@@ -43,7 +43,8 @@ _ANCILLARY = socket.CMSG_SPACE(2 * array.array("i").itemsize)
 
 
 class Applications:
-    """Listens at `path`; `hello` gives what a new connection is told, `shares` the mount points now."""
+    """Listens at `path`; `hello` gives what a new connection is told, `shares` the mount points now; `is_up`: the host can
+    be asked."""
 
     def __init__(
         self,
@@ -56,10 +57,12 @@ class Applications:
         hello: Callable[[], dict[str, Any]],
         status: Callable[[], dict[str, Any]],
         shares: Callable[[], tuple[str, ...]],
+        is_up: Callable[[], bool],
     ) -> None:
         self._path, self._transfers, self._relays, self._allowed = path, transfers, relays, allowed
         self._looks = looks
-        self._hello, self._status, self._shares = hello, status, shares
+        self._hello, self._status, self._shares, self._is_up = hello, status, shares, is_up
+        self._deaf = False
         self._clients: set[_Client] = set()
         self._presence, self._let_go = Presence.HERE, False
         self._asked: dict[_Client, asyncio.Future[None]] = {}
@@ -136,6 +139,13 @@ class Applications:
         """What is told to everybody may be another now: the threshold is the host's."""
         if not self.away:
             self.here()
+        elif self._deaf:
+            self._tell_all()
+
+    def host_down(self) -> None:
+        """Nobody can be asked for files; it may be on the way to another host."""
+        if self.away:
+            self._tell_all()
 
     def silent(self) -> list[str]:
         """Who was asked to let go and has not answered, for people."""
@@ -147,16 +157,17 @@ class Applications:
             await asyncio.wait(waiting)
 
     def _tell_all(self) -> None:
+        self._deaf = not self._is_up()
         for client in list(self._clients):
             if client.attends:
                 self._tell(client)
 
     def _tell(self, client: _Client) -> None:
         asked = self.away and self._let_go
-        if asked and client not in self._asked:
-            self._asked[client] = self._loop.create_future()
+        if asked:
+            asked = not self._asked.setdefault(client, self._loop.create_future()).done()
         word = Presence.LEAVING if self.away else Presence.HERE
-        look = self.away and self._presence in HANDING_OUT
+        look = self.away and self._presence in HANDING_OUT and self._is_up()
         client.send({"v": 1, "presence": word.value, "let_go": asked, "look": look, "hello": self._hello()})
 
     def _attend(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:

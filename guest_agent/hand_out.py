@@ -45,7 +45,7 @@ class Outcome:
 class Transfer:
     """One file on its way to one client, and the socket that it goes through. `waits`: for the next host, if the VM moves;
     `carried` tells whoever waits that it does, and by which token. `sent_before`: bytes that earlier hosts have sent, before it
-    came home and was carried; `passed`: the next host is told by the last, it need not come home."""
+    came home and was carried."""
 
     token: str
     sock: socket.socket
@@ -65,7 +65,6 @@ class Transfer:
     outcome: Outcome = field(default_factory=lambda: Outcome("offloaded"))
     sent_before: int = 0
     application_gone: bool = False
-    passed: bool = False
     closed: bool = False
     timer: asyncio.TimerHandle | None = None
     begun: float = field(default_factory=time.monotonic)
@@ -96,6 +95,11 @@ class Transfer:
     def taken(self) -> None:
         """The host has it."""
 
+    @property
+    def any_host(self) -> bool:
+        """Whether another host can take it as well."""
+        return True
+
 
 def begin(transfer: Transfer, backend: Backend, keep: Hold | None, send: Send) -> None:
     """Steps 1 to 3. Raises HandoffError or OSError with the socket thawed, as it was."""
@@ -112,12 +116,12 @@ def begin(transfer: Transfer, backend: Backend, keep: Hold | None, send: Send) -
     transfer.move(Guest.OFFERED)
 
 
-def offer(transfer: Transfer, send: Send) -> None:
-    """Send the snapshot and the job. Raises HostError(HOST_AWAY)."""
+def offer(transfer: Transfer, send: Send, **other: str) -> None:
+    """Send the snapshot and the job, with `other` fields in the place of its own. Raises HostError(HOST_AWAY)."""
     assert transfer.snapshot is not None
     header, body = encode(transfer.snapshot)
     try:
-        send({**transfer.request(), "snapshot": header}, body)
+        send({**transfer.request(), "snapshot": header, **other}, body)
     except ConnectionError as error:
         raise HostError(Reason.HOST_AWAY, str(error)) from None
 

@@ -39,14 +39,14 @@ ALONE_LIMIT = 5.0
 
 
 class Departure:
-    """`all_home` waits until nothing is out, `take_up` hands on what was carried; `send` is the channel's, `shares` the mount
-    points; `record`: a file for what is to be mounted again."""
+    """`all_home` waits until nothing is out (False: no relay), `take_up` hands on what was carried; `send` is the channel's,
+    `shares` the mount points; `record`: a file for what is to be mounted again."""
 
     def __init__(
         self,
         applications: Applications,
         *,
-        all_home: Callable[[], Awaitable[None]],
+        all_home: Callable[[bool], Awaitable[None]],
         take_up: Callable[[], None],
         send: Callable[[Header, bytes], None],
         shares: Callable[[], tuple[str, ...]],
@@ -102,11 +102,12 @@ class Departure:
         mounts = mounts_at(self._shares())
         # At once: the next message may end a relay, and its application must know that it only moves.
         self._applications.leaving(by, let_go=bool(mounts))
-        self._task = self._loop.create_task(self._go(to, limit, mounts))
+        files = header.get("passes") is not True
+        self._task = self._loop.create_task(self._go(to, limit, mounts, files=files))
 
-    async def _go(self, to: Presence, limit: float, mounts: tuple[Mount, ...]) -> None:
+    async def _go(self, to: Presence, limit: float, mounts: tuple[Mount, ...], *, files: bool) -> None:
         if to is Presence.AWAY:
-            await self._all_home()
+            await self._all_home(files)
         try:
             async with asyncio.timeout(limit):
                 await self._applications.all_let_go()

@@ -59,8 +59,8 @@ __all__ = [
 
 PRIORITIES = ("low", "normal", "high")
 ON_MOVE = ("wait", "local")
-_LEAVING = "draining"
-"""The reason of a refusal that says nothing of the file: the next host is asked."""
+_HOST_ALONE = frozenset({"draining", "host_away", "host_lost"})
+"""Reasons of a refusal that say nothing of the file: the next host is asked."""
 
 Target = socket.socket | asyncio.WriteTransport | asyncio.StreamWriter
 
@@ -194,7 +194,7 @@ async def _send_async(way: _OfSocket | _OfTransport, offset: int, count: int) ->
                 return _conclude(reply, done)
             if hold is not None:
                 link.attendance.let_go_of(hold)
-                unknown = file == hold.stand_in and reply.reason != _LEAVING
+                unknown = file == hold.stand_in and reply.reason not in _HOST_ALONE
                 refused = hold.away and (unknown or way.unsuitable(left) is not None)
                 if done.sent < count and (reply.away or hold.away):  # it may be back already
                     continue

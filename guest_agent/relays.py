@@ -45,6 +45,11 @@ class RelayTransfer(Transfer):
         """See `Transfer`."""
         self.told()
 
+    @property
+    def any_host(self) -> bool:
+        """See `Transfer`; the relay is at one."""
+        return False
+
 
 @dataclass(eq=False)
 class _Asked:

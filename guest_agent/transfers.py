@@ -39,7 +39,7 @@ _REMEMBERED = 8192
 
 class Transfers:
     """All transfers by token. `send` is the channel's; it raises ConnectionError while the host is away. `moves`: what comes home
-    now goes on to another host."""
+    now goes on to another host; `is_leaving`: another host that answers may be the next."""
 
     def __init__(
         self,
@@ -50,9 +50,10 @@ class Transfers:
         is_up: Callable[[], bool],
         is_here: Callable[[], bool],
         moves: Callable[[], bool],
+        is_leaving: Callable[[], bool],
     ) -> None:
         self._backend, self._keep, self._send = backend, keep, send
-        self._is_up, self._is_here, self._moves = is_up, is_here, moves
+        self._is_up, self._is_here, self._moves, self._is_leaving = is_up, is_here, moves, is_leaving
         self._home = asyncio.Event()
         self._home.set()
         self._by_token: dict[str, Transfer] = {}
@@ -60,7 +61,6 @@ class Transfers:
         self._carried: dict[str, Transfer] = {}
         self._to_stand_by: deque[Transfer] = deque()
         self._to_ask: deque[Transfer] = deque()
-        self._passed = 0
         self._came_home: Recent[str, None] = Recent(_REMEMBERED)
         self._host_instance = ""
         self._doubt: asyncio.TimerHandle | None = None
@@ -140,33 +140,23 @@ class Transfers:
             self._doubt.cancel()
             self._doubt = None
         for transfer in list(self._by_token.values()):
-            if transfer.passed and not same:
-                self._ask_next(transfer)
-            elif same or transfer.snapshot is None:
+            if same or transfer.snapshot is None:
                 self._resume(transfer)
+            elif self._is_leaving() and transfer.any_host and transfer.state in (Guest.OFFERED, Guest.OUT):
+                self._meet(transfer)
             else:
                 self._host_lost(transfer)
 
-    def passed(self, header: Header) -> None:
-        """The host gives these to the next one: they are not waited for (`hypervisor_svc/pass_on.py`)."""
-        tokens = header.get("tokens")
-        for token in tokens if isinstance(tokens, list) else ():
-            transfer = self._by_token.get(token) if isinstance(token, str) else None
-            if transfer is not None and transfer.state is Guest.OUT and not transfer.passed:
-                transfer.passed = True
-                self._passed += 1
-        self._look_whether_home()
-
-    def _unpass(self, transfer: Transfer) -> None:
-        if transfer.passed:
-            transfer.passed = False
-            self._passed -= 1
-
-    def _look_whether_home(self) -> None:
-        if len(self._by_token) == self._passed:
-            self._home.set()
-        else:
-            self._home.clear()
+    def _meet(self, transfer: Transfer) -> None:
+        """This may be the host that the VM has moved to, and have it from the last (`hypervisor_svc/passing.py`). What that one was
+        offered, and did not answer, is offered to this one."""
+        if transfer.state is Guest.OUT:
+            self._ask_next(transfer)
+            return
+        try:
+            hand_out.offer(transfer, self._send, type="hand_out_again")
+        except HandoffError as error:
+            self._undo(transfer, error.reason, str(error))
 
     def _ask_next(self, transfer: Transfer) -> None:
         """Whether the next host has it. If so it is served meanwhile, and may even come home: who wants to go out comes first."""
@@ -205,9 +195,10 @@ class Transfers:
         handler(transfer, header, body)
 
     def _on_taken(self, transfer: Transfer, header: Header, body: bytes) -> None:
+        if transfer.application_gone:
+            self._send({"type": "abort", "token": transfer.token}, b"")
         if transfer.state is not Guest.OFFERED:
-            self._goes_on(transfer)
-            return
+            return  # the next host has it, or the last one again
         transfer.move(Guest.OUT)
         if transfer.timer is not None:
             transfer.timer.cancel()
@@ -215,17 +206,8 @@ class Transfers:
             self._loop.call_soon(self._stand_by_next)
         self._to_stand_by.append(transfer)
         transfer.taken()
-        if transfer.application_gone:
-            self._send({"type": "abort", "token": transfer.token}, b"")
         self.collect_held()
         self._send_held(transfer)
-
-    def _goes_on(self, transfer: Transfer) -> None:
-        """It was passed on: the next host has it, or the last one again."""
-        self._unpass(transfer)
-        self._look_whether_home()
-        if transfer.application_gone:
-            self._send({"type": "abort", "token": transfer.token}, b"")
 
     def _stand_by_next(self) -> None:
         """One between two looks at everything else: who wants to go out does not wait for those that are."""
@@ -434,8 +416,8 @@ class Transfers:
 
     def _forget(self, transfer: Transfer) -> None:
         self._by_token.pop(transfer.token, None)
-        self._unpass(transfer)
-        self._look_whether_home()
+        if not self._by_token:
+            self._home.set()
         self._by_cookie.pop(transfer.cookie, None)
         if transfer.timer is not None:
             transfer.timer.cancel()

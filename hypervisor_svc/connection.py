@@ -40,7 +40,10 @@ class Guest:
     hello: Header = field(default_factory=dict)
     connections: dict[str, Connection] = field(default_factory=dict)
     passed: dict[str, Connection] = field(default_factory=dict)
-    """Frozen here, for the host that it moves to (`pass_on.py`)."""
+    """Frozen here, or not even taken, for the host that it moves to (`passing.py`)."""
+    passing: bool = False
+    parked: list[Header] = field(default_factory=list)
+    """What that host has not been told yet of what it was offered since."""
     relays: dict[str, Relay] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)

@@ -18,7 +18,7 @@ from guest_agent.handoff.presence import Presence
 from guest_agent.handoff.recent import Recent
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Established, Event, Header, Message, Violation
-from hypervisor_svc.ask_client import INTERVAL, ask
+from hypervisor_svc.ask_client import ask
 from hypervisor_svc.channel import Channel
 from hypervisor_svc.connection import Connection, Durations, Guest
 from hypervisor_svc.domains import Machine
@@ -28,7 +28,7 @@ from hypervisor_svc.handoff import Handoff
 from hypervisor_svc.held_packets import HeldPackets
 from hypervisor_svc.inject import Injector
 from hypervisor_svc.look import LookWords
-from hypervisor_svc.pass_on import TOKENS, Inheritance, LatePacket, Row, read_late, write_late
+from hypervisor_svc.passing import Passing
 from hypervisor_svc.policy import (
     Job,
     RelayJob,
@@ -80,7 +80,7 @@ class Guests:
         self._loop = asyncio.get_running_loop()
         self.durations = Durations()
         self._about, self._limits = about, limits
-        self._held, self._injector = HeldPackets(keep, injector), injector
+        self._held = HeldPackets(keep, injector)
         self._handoff = Handoff(backend, redirect, keep, self.durations)
         self._ends = Ends(
             HandBack(backend, redirect, keep, injector, self.durations, collect=self._held.collect),
@@ -104,8 +104,16 @@ class Guests:
         self._words = (RelayWords(self.relays, go_home=self._ends.finished), LookWords())
         self._by_uuid: dict[str, Guest] = {}
         self._offered_flows: Recent[str, Flow] = Recent(REMEMBERED)
-        self._inheritance = Inheritance()
-        self._disclaimed: Recent[str, tuple[Header, bytes]] = Recent(REMEMBERED)
+        self.passing = Passing(
+            self._ends,
+            self._held,
+            injector,
+            offer=self._offer,
+            take=self._handoff.take,
+            begin=self._begin,
+            take_over=self._take_over,
+            serve=self._server.add,
+        )
         self._started = self._loop.time()
         self._measure()
 
@@ -148,7 +156,7 @@ class Guests:
         guest.gone = True
         self.relays.guest_gone(guest)
         self._end_all(guest)
-        self._let_pass(guest)
+        self.passing.let_pass(guest)
         guest.changed()
 
     def pause(self, uuid: str, *, paused: bool) -> None:
@@ -159,7 +167,7 @@ class Guests:
             guest.paused = paused
             if not paused and guest.channel is not None:
                 guest.channel.greet()
-                self.inherit(guest)
+                self.passing.inherit(guest)
 
     def close(self) -> None:
         """Stop everything; what is still out is ended."""
@@ -192,76 +200,10 @@ class Guests:
             self.relays.leave(relay)
         self.hand_back_all(guest, Reason.DRAINING)
 
-    def pass_on(self, guest: Guest) -> list[Row]:
-        """What the host that a VM moves to is told; what it cannot be given stays, and is to be called home."""
-        rows = [row for one in list(guest.connections.values()) if one.state is Host.SERVING and (row := self._ends.pass_on(one))]
-        tokens = list(guest.passed)
-        for first in range(0, len(tokens), TOKENS):
-            guest.send({"type": "passed", "tokens": tokens[first : first + TOKENS]})
-        return rows
-
     def take_again(self, guest: Guest) -> None:
         """It stays after all, or has come back."""
         guest.draining, guest.asked = False, None
-        self.serve_again(guest)
-
-    def serve_again(self, guest: Guest) -> None:
-        """What was passed on, and nobody took."""
-        for connection in list(guest.passed.values()):
-            if self._ends.take_again(connection):
-                self._server.add(connection)
-
-    def _let_pass(self, guest: Guest) -> None:
-        """What was passed on, and somebody may have."""
-        for connection in list(guest.passed.values()):
-            self._ends.let_pass(connection)
-
-    def expect(self, machine: str, rows: list[object], *, first: bool) -> int:
-        """What a VM of this name will bring, beyond what it is known to bring unless these are the first. Raises ValueError."""
-        try:
-            return self._inheritance.keep(machine, rows, first=first)
-        except (HandoffError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"what {machine} brings: {error}") from None
-
-    def late(self, guest: Guest) -> list[LatePacket]:
-        """What clients have said since the last time to what was passed on."""
-        self._held.collect()
-        return [packet for connection in guest.passed.values() for packet in write_late(connection)]
-
-    def put_late(self, machine: str, packets: list[object]) -> int:
-        """What they said to the last host. How many there are. Raises ValueError."""
-        told = [read_late(packet) for packet in packets]
-        connections = {token: one for guest in self if guest.machine.name == machine for token, one in guest.connections.items()}
-        for token, segment in told:
-            if token in connections:
-                self._injector.inject(connections[token].flow, segment)
-            else:
-                self._inheritance.late(machine, token, segment)
-        return len(told)
-
-    def inherit(self, guest: Guest) -> None:
-        """It runs here now: what was passed on to us is ours, and what we cannot take is told to those who ask for it."""
-        for token in self._inheritance.tokens(guest.machine.name):
-            self._inherit(guest, token)
-
-    def _inherit(self, guest: Guest, token: str) -> None:
-        inherited = self._inheritance.pop(guest.machine.name, token)
-        if inherited is None:
-            return
-        self._let_pass(guest)  # it has been elsewhere since
-        guest.draining = False
-        try:
-            connection = self._offer(guest, inherited.job, len(inherited.body))
-            connection.sent_before, connection.ready = inherited.sent_before, inherited.ready
-            self._handoff.take(connection)
-        except (HandoffError, OSError) as error:
-            log.warning("%s: %s goes to the guest: %s", guest.machine.name, token, error)
-            self._disclaimed[token] = inherited.home(str(error)), inherited.body
-        else:
-            guest.counters["inherited"] += 1
-            self._begin(guest, connection, ask_after=INTERVAL)
-            for segment in inherited.late:
-                self._injector.inject(connection.flow, segment)
+        self.passing.serve_again(guest)
 
     def keep(self, connection: Connection) -> bool:
         """The rest of a file is sent from here, whoever was to have the connection; False if that is not to be."""
@@ -333,7 +275,7 @@ class Guests:
         for connection in list(guest.connections.values()):
             if connection.finished or connection.state is Host.RETURNING:
                 self._ends.end(connection)
-        self._let_pass(guest)
+        self.passing.let_pass(guest)
 
     def _another_life(self, guest: Guest, *, rebooted: bool) -> None:
         """Another life of the agent does not know for whom it opened relays. Their connections go home, to those who ask for them.
@@ -364,6 +306,15 @@ class Guests:
     def _on_hand_out(self, guest: Guest, header: Header, body: bytes) -> None:
         self._take(guest, read_token(header), lambda: read_job(header, body), len(body))
 
+    def _on_hand_out_again(self, guest: Guest, header: Header, body: bytes) -> None:
+        """It was offered to the last host as well, and that one may have told us."""
+        token = read_token(header)
+        self.passing.inherit_one(guest, token)
+        if any(token in known for known in (guest.connections, guest.passed, self.passing.disclaimed, self._ends.over)):
+            self._on_resume(guest, header, body)
+        else:
+            self._on_hand_out(guest, header, body)
+
     def _on_relay_join(self, guest: Guest, header: Header, body: bytes) -> None:
         def read() -> Job:
             job = read_relay_job(header, body)
@@ -376,15 +327,27 @@ class Guests:
         """Steps 4 to 6; whatever goes wrong before the commit is a refusal."""
         try:
             connection = self._offer(guest, read(), queued)
-            self._handoff.take(connection)
         except HandoffError as error:
             self._refuse(guest, token, error)
             raise
+        if guest.passing:
+            self.passing.park(connection)
+        else:
+            self._take_over(guest, connection)
+
+    def _take_over(self, guest: Guest, connection: Connection) -> None:
+        """What was offered, and checked."""
+        try:
+            self._handoff.take(connection)
+        except HandoffError as error:
+            failure = error
         except OSError as error:
             failure = HostError(Reason.RESTORE_FAILED, str(error), errno=error.errno or 0)
-            self._refuse(guest, token, failure)
-            raise failure from None
-        self._serve(guest, connection)
+        else:
+            self._serve(guest, connection)
+            return
+        self._refuse(guest, connection.token, failure)
+        self._count_refusal(guest, failure.reason, str(failure))
 
     def _offer(self, guest: Guest, job: Job, queued: int) -> Connection:
         if job.token in guest.connections:
@@ -392,19 +355,20 @@ class Guests:
         check_flow(job.snapshot, guest.machine.addresses)
         flow = Flow(client=job.snapshot.peer, server=job.snapshot.local)
         self._offered_flows[job.token] = flow
-        if any(other.flow == flow for other in guest.connections.values()):
+        if any(other.flow == flow for other in (*guest.connections.values(), *guest.passed.values())):
             raise GuestError(Reason.DUPLICATE, f"the host has this connection already: {flow.client}")
-        if guest.draining:
+        if guest.draining and (isinstance(job, RelayJob) or not guest.passing):
             raise HostError(Reason.DRAINING, "the VM is being drained")
         if time.monotonic() < guest.paused_until:
             raise HostError(Reason.OPERATOR, "the operator measures without the offload")
-        if len(guest.connections) >= self._limits.max_connections:
+        if len(guest.connections) + len(guest.passed) >= self._limits.max_connections:
             raise HostError(Reason.TABLE_FULL, f"{self._limits.max_connections} connections of this VM are out")
         if queued > self._limits.max_queue_bytes:
             raise GuestError(Reason.QUEUE_TOO_LARGE, f"{queued} bytes are queued")
         return Connection(guest, job, flow)
 
     def _refuse(self, guest: Guest, token: str, error: HandoffError) -> None:
+        self.passing.refused(token)
         reply = {"type": "refused", "token": token, "reason": error.reason.value, "message": str(error), "errno": error.errno}
         guest.send(reply)
 
@@ -412,9 +376,9 @@ class Guests:
         """The guest is told, and then it is ours."""
         guest.counters["handed_out"] += 1
         guest.send({"type": "taken", "token": connection.token})
-        self._begin(guest, connection, ask_after=0.0 if guest.presence is Presence.RETURNING else None)
+        self._begin(guest, connection, 0.0 if guest.presence is Presence.RETURNING else None)
 
-    def _begin(self, guest: Guest, connection: Connection, *, ask_after: float | None) -> None:
+    def _begin(self, guest: Guest, connection: Connection, ask_after: float | None) -> None:
         """While its VM arrived, its client may have spoken to nobody: then it is asked, after so many seconds."""
         guest.connections[connection.token] = connection
         self._held.add(connection)
@@ -461,8 +425,8 @@ class Guests:
 
     def _on_restored(self, guest: Guest, header: Header, body: bytes) -> None:
         token = read_token(header)
-        if token in self._disclaimed:
-            del self._disclaimed[token]  # it never was here
+        if token in self.passing.disclaimed:
+            del self.passing.disclaimed[token]  # it never was here
             return
         if token in self._ends.over:
             return  # said twice, after the channel was cut
@@ -491,7 +455,7 @@ class Guests:
     def _on_resume(self, guest: Guest, header: Header, body: bytes) -> None:
         """The agent lost the thread: tell it again where this transfer stands."""
         token = read_token(header)
-        self._inherit(guest, token)
+        self.passing.inherit_one(guest, token)
         connection = guest.connections.get(token)
         if connection is None:
             self._tell_of_another(guest, token, header)
@@ -511,9 +475,9 @@ class Guests:
     def _tell_of_another(self, guest: Guest, token: str, header: Header) -> None:
         """Of one that is not here."""
         if token in guest.passed:
-            guest.send({"type": "passed", "tokens": [token]})
-        elif token in self._disclaimed:
-            guest.send(*self._disclaimed[token])
+            return  # the next host tells
+        if token in self.passing.disclaimed:
+            guest.send(*self.passing.disclaimed[token])
         elif token in self._ends.over:
             guest.send(self._ends.over[token])
         else:

@@ -87,13 +87,15 @@ async def leave(
     """Until the VM may go. `passes`: files under way go to the next host, which is to be told the `rows`; asked again without it,
     they come home. Raises LeaveError; then it has come back."""
     left, rows = Left(guest.machine.name), list[Row]()
-    if guest.presence is not Presence.AWAY:
+    otherwise = guest.passing and not passes
+    if otherwise or guest.presence is not Presence.AWAY:
         async with _or_back(guests, guest):
-            rows = await _leave(guests, guest, left, deadline, late, passes=passes and "pass_on" in guest.features)
-    elif guest.passed and not passes:
-        async with _or_back(guests, guest):
-            guests.serve_again(guest)
-            await _bring_home(guests, guest, left, deadline, late)
+            if otherwise:
+                guests.passing.serve_again(guest)
+            if guest.presence is Presence.AWAY:
+                await _bring_home(guests, guest, left, deadline, late)
+            else:
+                rows = await _leave(guests, guest, left, deadline, late, passes=passes and "pass_on" in guest.features)
     return {**asdict(left), "rows": rows} if passes else asdict(left)
 
 
@@ -121,13 +123,18 @@ async def _answer(guest: Guest) -> None:
 async def _leave(guests: Guests, guest: Guest, left: Left, deadline: float, late: Late, *, passes: bool) -> list[Row]:
     begin, instance = time.monotonic(), guest.hello.get("instance")
     guest.draining = True
-    _call(guest, "leave")
+    unasked = passes and guest.presence is Presence.LOOSE and not guest.relays
+    if not unasked:
+        _call(guest, "leave", passes=passes)
     left.connections = len(guest.connections)
-    rows = guests.pass_on(guest) if passes else []
+    rows = guests.passing.pass_on(guest) if passes else []
     left.passed = len(rows)
     await _bring_home(guests, guest, left, deadline, late)
     drained = time.monotonic()
     left.drain_ms = _milliseconds(begin, drained)
+    if unasked:
+        left.presence = guest.presence.value
+        return rows
     await _until(guest, Presence.AWAY, instance)
     left.share_ms = _milliseconds(drained, time.monotonic())
     return rows
@@ -141,9 +148,9 @@ async def _bring_home(guests: Guests, guest: Guest, left: Left, deadline: float,
     left.drain_ms = _milliseconds(begin, time.monotonic())
 
 
-def _call(guest: Guest, word: str) -> None:
+def _call(guest: Guest, word: str, **more: bool) -> None:
     guest.call, guest.answers = guest.call + 1, False
-    guest.asked = {"type": word, "call": guest.call, "seconds": LET_GO_LIMIT}
+    guest.asked = {"type": word, "call": guest.call, "seconds": LET_GO_LIMIT, **more}
     guest.send(guest.asked)
 
 

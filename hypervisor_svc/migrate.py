@@ -203,13 +203,16 @@ class _Heir:
             call(self._control, "expect", machine=self._name, rows=piece, first=number == 0)
 
     def carry_late(self, control: str, over: threading.Event) -> None:
-        """What clients still say to the service at `control`, which the VM leaves, until it is over. libvirt's calls may take long
-        in these moments, so it is a thread's work."""
-        while not over.wait(LATE_INTERVAL):
+        """What clients and the guest still say to the service at `control`, which the VM leaves, until it is over. libvirt's calls
+        may take long in these moments, so it is a thread's work."""
+        moved = False
+        while not moved:
+            moved = over.wait(LATE_INTERVAL)
             with contextlib.suppress(ControlError):
-                late = call(control, "late", machine=self._name)["late"]
-                if late:
-                    call(self._control, "expect", machine=self._name, late=late)
+                more = call(control, "late", machine=self._name)
+                for name in ("rows", "late"):
+                    if more[name]:
+                        call(self._control, "expect", machine=self._name, **{name: more[name]})
 
     def forget(self) -> None:
         """The VM does not come."""
@@ -240,7 +243,7 @@ class _Held:
         """Where there is an heir, it is told before the VM can stop; if it cannot be, all comes home."""
         left = _leave(self._domain.name(), self._plan, pass_on=self._heir is not None)
         rows = left.pop("rows", [])
-        if self._heir is not None and rows:
+        if self._heir is not None:
             try:
                 self._heir.tell(rows)
             except ControlError:

@@ -296,9 +296,10 @@ class Service:
         of them, or more; with `late`: what clients still say to the host that it leaves."""
         machine, rows, late = str(request.get("machine")), request.get("rows"), request.get("late")
         if isinstance(late, list):
-            return {"late": self._guests.put_late(machine, late)}
+            here = next((guest for guest in self._guests if guest.machine.name == machine), None)
+            return {"late": self._guests.passing.put_late(machine, here, late)}
         if isinstance(rows, list):
-            return {"kept": self._guests.expect(machine, rows, first=request.get("first") is True)}
+            return {"kept": self._guests.passing.expect(machine, rows, first=request.get("first") is True)}
         log.info("%s is expected", machine)
         if self._domains is not None:
             self._domains.refresh()
@@ -306,8 +307,8 @@ class Service:
         return {"version": __version__, "machines": machines, "features": ["pass_on"]}
 
     def _late(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What clients have said, since the last time, to what was passed on to the next host."""
-        return {"late": self._guests.late(self._guest(request))}
+        """What has come, since the last time, for what was passed on to the next host, and what else that is to take."""
+        return self._guests.passing.late(self._guest(request))
 
     async def _meet(self, request: dict[str, Any]) -> dict[str, Any]:
         """Until the VM has come and works with this host."""
@@ -317,7 +318,7 @@ class Service:
                 self._guest(request)
             await asyncio.sleep(0.02)
         guest = self._guest(request)
-        self._guests.inherit(guest)
+        self._guests.passing.inherit(guest)
         return await leave.meet(guest, seconds=max(0.0, until - time.monotonic()))
 
 

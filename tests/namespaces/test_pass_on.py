@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -24,7 +23,8 @@ pytestmark = pytest.mark.root
 def leave(hosts: TwoHosts, count: int) -> list[dict[str, Any]]:
     """Until the VM would be stopped; so many are passed on."""
     out(hosts, count)
-    hosts.host.call("leave", only="share")
+    if hosts.host.machine()["presence"] != "loose":
+        hosts.host.call("leave", only="share")
     left = hosts.host.call("leave", pass_on=True)
     assert (left["connections"], left["passed"], left["home"]) == (count, count, 0)
     rows: list[dict[str, Any]] = left["rows"]
@@ -117,14 +117,12 @@ def test_the_agent_is_killed_while_it_leaves(hosts: TwoHosts) -> None:
     hosts.host.call("leave", only="share")
     assert hosts.agent.popen is not None
     os.kill(hosts.agent.popen.pid, signal.SIGSTOP)
-    with ThreadPoolExecutor(1) as threads:
-        left = threads.submit(hosts.host.call, "leave", pass_on=True)
-        wait_for(lambda: hosts.host.machine()["connections_out"] == 0, "they are passed on")
-        os.kill(hosts.agent.popen.pid, signal.SIGKILL)
-        hosts.agent.popen.wait()
-        hosts.agent.start()
-        with pytest.raises(ControlError, match="restarted meanwhile"):
-            left.result()
+    leave(hosts, 2)
+    os.kill(hosts.agent.popen.pid, signal.SIGKILL)
+    hosts.agent.popen.wait()
+    hosts.agent.start()
+    wait_for(lambda: hosts.host.machine()["channel"] == "hello", "its next life has met the host")
+    hosts.host.call("return")
     assert all(is_complete(hosts, curl) for curl in curls)
 
 
@@ -136,6 +134,61 @@ def test_the_channel_is_cut_meanwhile(hosts: TwoHosts) -> None:
     hosts.host.call("return")
     wait_for(lambda: is_here(hosts), "the guest works with its host")
     assert is_complete(hosts, curl)
+
+
+def parked(hosts: TwoHosts) -> subprocess.Popen[bytes]:
+    """Somebody asks for a file between the last word to the next host and the VM's stop."""
+    curl = download(hosts)
+    wait_for(lambda: "offered" in [one["state"] for one in hosts.host.call("connections")["connections"]], "it is parked")
+    return curl
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_is_asked_for_in_the_last_moment(hosts: TwoHosts, told: bool) -> None:
+    """The next host has it from the last, or from the guest that asks it, too."""
+    curls = [download(hosts)]
+    rows = leave(hosts, 1)
+    curls.append(parked(hosts))
+    more = hosts.host.call("late")["rows"]
+    assert len(more) == 1 and hosts.host.call("late")["rows"] == []
+    arrive(hosts, rows + more if told else rows)
+    assert all(is_complete(hosts, curl) for curl in curls)
+    counters = hosts.counters()
+    assert (counters["offloaded"], counters["failed"], counters["local"]) == (2, 0, {})
+    assert not [name for name in agent_counters(hosts) if name.startswith(("local", "failed"))]
+
+
+def test_the_next_host_hears_of_it_from_the_guest_first(hosts: TwoHosts) -> None:
+    """It has one owner, whatever comes later."""
+    rows = leave(hosts, 0)
+    curl = parked(hosts)
+    more = hosts.host.call("late")["rows"]
+    arrive(hosts, rows)
+    out(hosts, 1)
+    assert hosts.host.call("expect", rows=more, first=False)["kept"] == 1
+    hosts.host.call("meet", seconds=15)
+    assert is_complete(hosts, curl)
+    assert hosts.host.machine()["refused"] == {}
+
+
+def test_the_vm_stays_with_what_was_asked_for_in_the_last_moment(hosts: TwoHosts) -> None:
+    leave(hosts, 0)
+    curl = parked(hosts)
+    hosts.host.call("return")
+    out(hosts, 1)
+    assert is_complete(hosts, curl)
+    assert hosts.counters()["local"] == {}
+
+
+def test_the_next_host_cannot_take_what_was_asked_for_in_the_last_moment(hosts: TwoHosts) -> None:
+    """The guest asks it again itself."""
+    rows = leave(hosts, 0)
+    curl = parked(hosts)
+    (more,) = hosts.host.call("late")["rows"]
+    more["request"]["path"] = "another.bin"
+    arrive(hosts, [*rows, more])
+    assert is_complete(hosts, curl)
+    assert hosts.counters()["failed"] == 0
 
 
 def test_the_application_ends_meanwhile(hosts: TwoHosts) -> None:
