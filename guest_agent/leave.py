@@ -34,6 +34,8 @@ LET_GO_LIMIT = 5.0
 came home."""
 BUSY_INTERVAL = 0.01
 MOUNT_INTERVAL = 0.2
+SETTLE = 1.0
+"""Seconds after the arrival at another host until the share is mounted, where nobody but clients waits."""
 ALONE_LIMIT = 5.0
 """Seconds without a host's service after which a guest that is away comes back: nobody else would call it."""
 
@@ -136,8 +138,8 @@ class Departure:
                     raise
             await asyncio.sleep(BUSY_INTERVAL)
 
-    def come_back(self, why: str = "") -> None:
-        """Idempotent."""
+    def come_back(self, why: str = "", *, after: float = 0.0) -> None:
+        """Idempotent. The share is mounted `after` so many seconds."""
         if self.presence in (Presence.HERE, Presence.RETURNING):
             self._say()
             return
@@ -147,10 +149,11 @@ class Departure:
         self._go_to(Presence.RETURNING, why)
         self._take_up()
         self._applications.returning()
-        self._task = self._loop.create_task(self._come_back())
+        self._task = self._loop.create_task(self._come_back(after))
 
-    async def _come_back(self) -> None:
+    async def _come_back(self, after: float) -> None:
         """A mount may be refused while a migration is still going on; it is tried until it is not."""
+        await asyncio.sleep(after)
         complained = ""
         while self._mounts:
             try:
@@ -181,7 +184,7 @@ class Departure:
             self._alone.cancel()
             self._alone = None
         if not same and self.presence not in (Presence.HERE, Presence.RETURNING):
-            self.come_back("another service of the host answers")
+            self.come_back("another service of the host answers", after=SETTLE if self.presence is Presence.LOOSE else 0.0)
             return
         if self.presence is Presence.RETURNING:
             self._take_up()

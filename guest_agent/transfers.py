@@ -31,7 +31,7 @@ DOUBT_LIMIT = 12.0
 """Seconds that a transfer waits for a lost host: longer than the host keeps what nobody claims (`orphan_timeout`)."""
 OFFER_LIMIT = 5.0
 """Seconds until an unanswered offer is asked for again."""
-ASK_AFTER = 0.5
+ASK_AFTER = 1.0
 """Seconds after the arrival at another host until it is asked for what was passed to it."""
 _REMEMBERED = 8192
 """How many transfers that came home are remembered, for a host that did not hear of it."""

@@ -234,6 +234,8 @@ class Guests:
                 self._say_again(guest)
             else:
                 self._another_life(guest, rebooted=before.get("boot") not in (None, event.hello.get("boot")))
+            if not before:
+                self._finish_inherited(guest)
             guest.changed()
         elif isinstance(event, Violation):
             self._count_refusal(guest, event.reason, event.message)
@@ -285,6 +287,12 @@ class Guests:
             self.relays.close(relay)
         if rebooted:
             self._end_all(guest)
+
+    def _finish_inherited(self, guest: Guest) -> None:
+        """It has arrived: those of its last host's connections that were finished before it could hear it go home."""
+        for connection in list(guest.connections.values()):
+            if connection.finished and not self._server.serves(connection):
+                self._ends.finished(connection)
 
     def _end_all(self, guest: Guest) -> None:
         """Nobody is left who could take its connections back."""
