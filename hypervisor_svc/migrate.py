@@ -38,7 +38,7 @@ LOOK_INTERVAL = 0.025
 """Seconds between two looks at how much is left to copy."""
 MEET_SECONDS = 30.0
 LATE_INTERVAL = 0.01
-"""Seconds that a packet which came to the last host waits there at most."""
+"""Seconds that what came to the last host a moment too late waits there at most."""
 HEIR_PIECE = 8 << 20
 """Bytes in one request."""
 LEAVE_PATIENCE = 3600.0
@@ -200,19 +200,18 @@ class _Heir:
                 size = len(row["body"])
             pieces[-1].append(row)
         for number, piece in enumerate(pieces):
-            call(self._control, "expect", machine=self._name, rows=piece, first=number == 0)
+            call(self._control, "bring", machine=self._name, rows=piece, first=number == 0)
 
-    def carry_late(self, control: str, over: threading.Event) -> None:
+    def tell_more(self, control: str, over: threading.Event) -> None:
         """What clients and the guest still say to the service at `control`, which the VM leaves, until it is over. libvirt's calls
         may take long in these moments, so it is a thread's work."""
         moved = False
         while not moved:
             moved = over.wait(LATE_INTERVAL)
             with contextlib.suppress(ControlError):
-                more = call(control, "late", machine=self._name)
-                for name in ("rows", "late"):
-                    if more[name]:
-                        call(self._control, "expect", machine=self._name, **{name: more[name]})
+                more = call(control, "more", machine=self._name)
+                if more["rows"] or more["late"]:
+                    call(self._control, "bring", machine=self._name, **more)
 
     def forget(self) -> None:
         """The VM does not come."""
@@ -254,7 +253,7 @@ class _Held:
     def _go_on(self, job: _Job) -> None:
         """To its end."""
         if self._heir is not None:
-            threading.Thread(target=self._heir.carry_late, args=(self._plan.control, job.over), name="late", daemon=True).start()
+            threading.Thread(target=self._heir.tell_more, args=(self._plan.control, job.over), name="heir", daemon=True).start()
         job.insist(self._hold.stop)
         limit = time.monotonic() + STOP_LIMIT
         _watch(self._domain, job, self._on_step, until=lambda stats: time.monotonic() > limit)

@@ -2,16 +2,15 @@
 """A file that is under way when its VM moves goes from host to host, and not through the guest, whose socket stays the silent
 place-holder that it is. So what has to be done while nobody serves does not wait for the guest::
 
-    source        pass_on()     freeze, extract; the frozen copy stays (`ends.py`)
-                  late()        what clients say to it meanwhile is told as well
-                  take_again()  the VM stays: it thaws, and has lost nothing
-                  let_pass()    the VM is gone: it closes silently
-    destination   expect()      what is about to come is kept: nothing is touched yet
-                  inherit()     the VM runs here: open, restore, redirect, thaw, as with any other (`handoff.py`)
-                  put_late()    what clients said to the last host goes on the road
-    guest         `passed`      it need not come home; after the move the agent asks the next host by its token (`resume`)
+    source        frozen and extracted; the frozen copy stays (`ends.py`). The VM stays: it thaws, and has lost nothing. The VM is
+                  gone: it closes silently. What clients say to it meanwhile is told as well
+    destination   keeps what is about to come, and touches nothing. The VM runs here: open, restore, redirect, thaw, as with any
+                  other (`handoff.py`)
+    guest         is not asked. After the move its agent asks the next host by the transfer's token (`resume`); what the last host
+                  had not answered it offers again (`hand_out_again`)
 
-Who brings it over is `migrate.py`, after everything is frozen here and before QEMU may stop the VM. What the destination cannot
+What both do with it is in `passing.py`; who brings it over is `migrate.py`, before QEMU may stop the VM, and what comes later until
+the VM has gone. What the destination cannot
 take is given to the guest, as if it had come home (`Inherited.home`). The client is asked at once how far it is
 (`ask_client.py`)."""
 
@@ -37,8 +36,6 @@ KEPT_SECONDS = 60.0
 """Until a VM that was to come is not expected any more."""
 MAX_BODY = 4 << 20
 """Bytes of queues; one that has more goes home."""
-TOKENS = 256
-"""In one `passed` message."""
 
 
 def can_be_passed(connection: Connection) -> bool:

@@ -3,7 +3,7 @@
 
     source        pass_on()     everything that is served stands still; what is offered from now on is parked: untouched, for the
                                 next host as well
-                  late()        what clients have said since, and what was parked
+                  more()        what clients have said since, and what was parked
                   serve_again() the VM stays: all goes on here
                   let_pass()    the VM is gone
     destination   expect()      what is about to come is kept
@@ -70,7 +70,7 @@ class Passing:
         connection.guest.passed[connection.token] = connection
         connection.guest.parked.append(write_row(connection, connection.job.snapshot))
 
-    def late(self, guest: Guest) -> dict[str, Any]:
+    def more(self, guest: Guest) -> dict[str, Any]:
         """What has come since the last time: `late` packets for what was passed on, and more `rows`."""
         self._held.collect()
         rows, guest.parked = guest.parked, []

@@ -198,7 +198,8 @@ class Service:
             "leave": self._leave,
             "return": self._return,
             "expect": self._expect,
-            "late": self._late,
+            "more": self._more,
+            "bring": self._bring,
             "meet": self._meet,
         }
 
@@ -292,23 +293,25 @@ class Service:
         return await leave.come_back(self._guests, self._guest(request))
 
     def _expect(self, request: dict[str, Any]) -> dict[str, Any]:
-        """A VM is about to come (libvirt's hook says so): look at once. With `rows`: what it will bring (`pass_on.py`), the `first`
-        of them, or more; with `late`: what clients still say to the host that it leaves."""
-        machine, rows, late = str(request.get("machine")), request.get("rows"), request.get("late")
-        if isinstance(late, list):
-            here = next((guest for guest in self._guests if guest.machine.name == machine), None)
-            return {"late": self._guests.passing.put_late(machine, here, late)}
-        if isinstance(rows, list):
-            return {"kept": self._guests.passing.expect(machine, rows, first=request.get("first") is True)}
-        log.info("%s is expected", machine)
+        """A VM is about to come (libvirt's hook says so): look at once."""
+        log.info("%s is expected", request.get("machine"))
         if self._domains is not None:
             self._domains.refresh()
         machines = [guest.machine.name for guest in self._guests]
         return {"version": __version__, "machines": machines, "features": ["pass_on"]}
 
-    def _late(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What has come, since the last time, for what was passed on to the next host, and what else that is to take."""
-        return self._guests.passing.late(self._guest(request))
+    def _more(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the next host of a VM is to be told beyond what `leave` said, and the last answer to this."""
+        return self._guests.passing.more(self._guest(request))
+
+    def _bring(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What a VM that is about to come, or has just come, has out at its last host (`pass_on.py`)."""
+        machine, rows, late = str(request["machine"]), request.get("rows", []), request.get("late", [])
+        if not isinstance(rows, list) or not isinstance(late, list):
+            raise ValueError("rows and late are lists")
+        here = next((guest for guest in self._guests if guest.machine.name == machine), None)
+        kept = self._guests.passing.expect(machine, rows, first=request.get("first") is True)
+        return {"kept": kept, "late": self._guests.passing.put_late(machine, here, late)}
 
     async def _meet(self, request: dict[str, Any]) -> dict[str, Any]:
         """Until the VM has come and works with this host."""

@@ -6,8 +6,8 @@
                   └───────────┴───────────┴────────────────────┘         cancelled, or somebody did not let go
 
 A mounted share blocks migration and saving to disk: one that is LOOSE can be copied, while the host goes on serving; only one that
-is AWAY can stop. Whoever fails goes back to HERE: a guest that is left alone, or meets another host's service than the one that it
-left, returns by itself."""
+is AWAY can stop, unless its host passes all to the next (`hypervisor_svc/passing.py`). Whoever fails goes back to HERE: a guest
+that is left alone, or meets another host's service than the one that it left, returns by itself."""
 
 from __future__ import annotations
 

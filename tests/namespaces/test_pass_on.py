@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -32,11 +33,12 @@ def leave(hosts: TwoHosts, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def arrive(hosts: TwoHosts, rows: list[dict[str, Any]]) -> None:
+def arrive(hosts: TwoHosts, rows: list[dict[str, Any]], *, meet: bool = True) -> None:
     for number, row in enumerate(rows):  # as many requests as it takes
-        assert hosts.other.call("expect", rows=[row], first=number == 0)["kept"] == number + 1
+        assert hosts.other.call("bring", rows=[row], first=number == 0)["kept"] == number + 1
     hosts.move()
-    hosts.host.call("meet", seconds=15)
+    if meet:
+        hosts.host.call("meet", seconds=15)
 
 
 def test_the_guest_is_not_asked(hosts: TwoHosts) -> None:
@@ -57,8 +59,8 @@ def test_the_vm_stays_after_all(hosts: TwoHosts) -> None:
     curl = download(hosts)
     for _ in range(3):
         rows = leave(hosts, 1)
-        hosts.other.call("expect", rows=rows, first=True)
-        hosts.other.call("expect", rows=[], first=True)
+        hosts.other.call("bring", rows=rows, first=True)
+        hosts.other.call("bring", rows=[], first=True)
         hosts.host.call("return")
         out(hosts, 1)
     assert is_complete(hosts, curl)
@@ -92,7 +94,7 @@ def test_the_next_host_does_not_believe_everything(hosts: TwoHosts) -> None:
     rows = leave(hosts, 1)
     for wrong in ({**rows[0], "sent_before": -1}, {**rows[0], "body": "?"}, {"ready": True}, 5):
         with pytest.raises(ControlError, match="what guest brings"):
-            hosts.other.call("expect", rows=[wrong], first=True)
+            hosts.other.call("bring", rows=[wrong], first=True)
     arrive(hosts, rows)
     assert is_complete(hosts, curl)
 
@@ -149,8 +151,8 @@ def test_what_is_asked_for_in_the_last_moment(hosts: TwoHosts, told: bool) -> No
     curls = [download(hosts)]
     rows = leave(hosts, 1)
     curls.append(parked(hosts))
-    more = hosts.host.call("late")["rows"]
-    assert len(more) == 1 and hosts.host.call("late")["rows"] == []
+    more = hosts.host.call("more")["rows"]
+    assert len(more) == 1 and hosts.host.call("more")["rows"] == []
     arrive(hosts, rows + more if told else rows)
     assert all(is_complete(hosts, curl) for curl in curls)
     counters = hosts.counters()
@@ -162,10 +164,10 @@ def test_the_next_host_hears_of_it_from_the_guest_first(hosts: TwoHosts) -> None
     """It has one owner, whatever comes later."""
     rows = leave(hosts, 0)
     curl = parked(hosts)
-    more = hosts.host.call("late")["rows"]
+    more = hosts.host.call("more")["rows"]
     arrive(hosts, rows)
     out(hosts, 1)
-    assert hosts.host.call("expect", rows=more, first=False)["kept"] == 1
+    assert hosts.host.call("bring", rows=more, first=False)["kept"] == 1
     hosts.host.call("meet", seconds=15)
     assert is_complete(hosts, curl)
     assert hosts.host.machine()["refused"] == {}
@@ -184,11 +186,25 @@ def test_the_next_host_cannot_take_what_was_asked_for_in_the_last_moment(hosts: 
     """The guest asks it again itself."""
     rows = leave(hosts, 0)
     curl = parked(hosts)
-    (more,) = hosts.host.call("late")["rows"]
+    (more,) = hosts.host.call("more")["rows"]
     more["request"]["path"] = "another.bin"
     arrive(hosts, [*rows, more])
     assert is_complete(hosts, curl)
     assert hosts.counters()["failed"] == 0
+
+
+def test_who_asks_when_no_host_answers_waits_for_the_next(hosts: TwoHosts) -> None:
+    """And not for the share."""
+    rows = leave(hosts, 0)
+    hosts.detach()
+    wait_for(lambda: hosts.host.machine()["channel"] != "hello", "nobody answers")
+    curl = download(hosts)
+    time.sleep(0.5)
+    arrive(hosts, rows, meet=False)
+    out(hosts, 1)
+    assert hosts.host.machine()["presence"] == "returning"
+    assert is_complete(hosts, curl)
+    assert (hosts.counters()["offloaded"], hosts.counters()["local"]) == (1, {})
 
 
 def test_the_application_ends_meanwhile(hosts: TwoHosts) -> None:
@@ -210,16 +226,16 @@ def test_what_a_client_says_meanwhile_is_not_lost(hosts: TwoHosts) -> None:
     out(hosts, 1)
     hosts.host.call("leave", only="share")
     left = hosts.host.call("leave", pass_on=True)
-    hosts.other.call("expect", rows=left["rows"], first=True)
+    hosts.other.call("bring", rows=left["rows"], first=True)
     late: list[Any] = []
 
     def opened() -> bool:
-        late.extend(hosts.host.call("late")["late"])
+        late.extend(hosts.host.call("more")["late"])
         return bool(late)
 
     wait_for(opened, "the client's window has opened")
-    assert hosts.host.call("late")["late"] == []
-    hosts.other.call("expect", late=late)
+    assert hosts.host.call("more")["late"] == []
+    hosts.other.call("bring", late=late)
     hosts.move()
     hosts.host.call("meet", seconds=15)
     assert is_complete(hosts, reader)

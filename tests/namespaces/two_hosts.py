@@ -88,10 +88,16 @@ class TwoHosts:
         self.cut()
         wait_for(lambda: log.read_text().count("answers") > hellos, "the channel is back")
 
+    def detach(self) -> None:
+        """The port is closed at the host that is left; nobody answers the guest. Idempotent."""
+        port = self.host.folder / "port.sock"
+        if port.is_symlink():
+            port.unlink()
+            self.cut()
+
     def move(self) -> None:
         """The guest's end of a migration: its port and its address are at the other host afterwards."""
-        (self.host.folder / "port.sock").unlink()
-        self.cut()  # the port is closed at the host that is left
+        self.detach()
         self.host.where.run("ip", "link", "set", "hg", "netns", self.other.where.name)
         self.here = self.other.name
         _connect_guest(self.host.where)
