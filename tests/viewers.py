@@ -29,7 +29,7 @@ from tests.numbered_stream import Checker
 PIECE = 1 << 18
 BIN = 0.1
 """Seconds over which bytes are counted."""
-NOTABLE = 0.25
+NOTABLE = 0.05
 """Seconds without a byte from which on a silence is told."""
 PATIENCE = 30.0
 GRACE = 4.0

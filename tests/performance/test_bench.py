@@ -278,6 +278,13 @@ def test_a_dash_client_reads_what_we_and_ffmpeg_write() -> None:
         dash_client.parse(b"<MPD/>")
 
 
+def test_silences_that_were_over_before_a_migration_are_not_its_own() -> None:
+    seen = [(1.0, 0.9), (2.0, 0.3), (3.0, 0.2)]
+    assert migrate.longest(seen, since=2.1) == 0.3
+    assert migrate.longest(seen, since=2.5) == 0.2
+    assert migrate.longest([], since=0.0) == 0.0
+
+
 def _migration(side: str, silence: float, drain: float, faults: int) -> dict[str, Any]:
     rates = {"before": 100.0, "during": 72.0, "after": 100.0}
     told = {"leave": {"drain_ms": drain, "share_ms": 50}, "total_ms": 3000}
