@@ -8,7 +8,7 @@ import errno
 import logging
 import struct
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +19,7 @@ from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.errors import GuestError, HandoffError, NotMovable, Reason
 from guest_agent.handoff.freeze import is_frozen
 from guest_agent.handoff.hold import Hold
+from guest_agent.handoff.one_by_one import OneByOne
 from guest_agent.handoff.recent import Recent
 from guest_agent.handoff.segment import is_intact, is_stale
 from guest_agent.handoff.state import Guest, move_guest
@@ -59,8 +60,9 @@ class Transfers:
         self._by_token: dict[str, Transfer] = {}
         self._by_cookie: dict[int, Transfer] = {}
         self._carried: dict[str, Transfer] = {}
-        self._to_stand_by: deque[Transfer] = deque()
-        self._to_ask: deque[Transfer] = deque()
+        # Who wants to go out does not wait for those that are.
+        self._to_stand_by = OneByOne(self._stand_by)
+        self._to_ask = OneByOne(self._ask, after=ASK_AFTER)
         self._came_home: Recent[str, None] = Recent(_REMEMBERED)
         self._host_instance = ""
         self._doubt: asyncio.TimerHandle | None = None
@@ -151,23 +153,14 @@ class Transfers:
         """This may be the host that the VM has moved to, and have it from the last (`hypervisor_svc/passing.py`). What that one was
         offered, and did not answer, is offered to this one."""
         if transfer.state is Guest.OUT:
-            self._ask_next(transfer)
+            self._to_ask.add(transfer)  # if it is there it is served meanwhile, and may even come home
             return
         try:
             hand_out.offer(transfer, self._send, type="hand_out_again")
         except HandoffError as error:
             self._undo(transfer, error.reason, str(error))
 
-    def _ask_next(self, transfer: Transfer) -> None:
-        """Whether the next host has it. If so it is served meanwhile, and may even come home: who wants to go out comes first."""
-        if not self._to_ask:
-            self._loop.call_later(ASK_AFTER, self._ask_one)
-        self._to_ask.append(transfer)
-
-    def _ask_one(self) -> None:
-        transfer = self._to_ask.popleft()
-        if self._to_ask:
-            self._loop.call_soon(self._ask_one)
+    def _ask(self, transfer: Transfer) -> None:
         if transfer.token in self._by_token and self._is_up():
             self._resume(transfer)
 
@@ -202,23 +195,15 @@ class Transfers:
         transfer.move(Guest.OUT)
         if transfer.timer is not None:
             transfer.timer.cancel()
-        if not self._to_stand_by:
-            self._loop.call_soon(self._stand_by_next)
-        self._to_stand_by.append(transfer)
+        self._to_stand_by.add(transfer)
         transfer.taken()
         self.collect_held()
         self._send_held(transfer)
 
-    def _stand_by_next(self) -> None:
-        """One between two looks at everything else: who wants to go out does not wait for those that are."""
-        transfer = self._to_stand_by.popleft()
-        if self._to_stand_by:
-            self._loop.call_soon(self._stand_by_next)
-        if transfer.state is Guest.OUT and self._is_up():
-            self._stand_by(transfer)
-
     def _stand_by(self, transfer: Transfer) -> None:
         """Tell the host whether the connection may come home directly."""
+        if transfer.state is not Guest.OUT or not self._is_up():
+            return
         if transfer.snapshot is not None:
             try:
                 hand_out.stand_by(transfer, self._backend)

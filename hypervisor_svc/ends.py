@@ -15,10 +15,10 @@ import asyncio
 import contextlib
 import errno
 import logging
-from collections import deque
 from collections.abc import Callable
 
 from guest_agent.handoff.errors import HandoffError, Reason
+from guest_agent.handoff.one_by_one import OneByOne
 from guest_agent.handoff.recent import Recent
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Header
@@ -58,7 +58,7 @@ class Ends:
         self._hand_back, self._held, self._durations = hand_back, held, durations
         self._stop, self._alone = stop, alone
         self._loop = asyncio.get_running_loop()
-        self._homeward: deque[Connection] = deque()
+        self._homeward = OneByOne(self.finished, at_once=HOMEWARD)
         self._kept: set[Connection] = set()
         self.over: Recent[str, Header] = Recent(REMEMBERED)
 
@@ -100,15 +100,7 @@ class Ends:
 
     def go_home(self, connection: Connection) -> None:
         """Soon: a relay's end sends thousands home, and others want to be served meanwhile."""
-        if not self._homeward:
-            self._loop.call_soon(self._send_some_home)
-        self._homeward.append(connection)
-
-    def _send_some_home(self) -> None:
-        for _ in range(min(HOMEWARD, len(self._homeward))):
-            self.finished(self._homeward.popleft())
-        if self._homeward:
-            self._loop.call_soon(self._send_some_home)
+        self._homeward.add(connection)
 
     def _wait_for_guest(self, connection: Connection) -> None:
         """Its place-holder is about to stand by: that takes less time than the longer way home."""
@@ -205,8 +197,7 @@ class Ends:
         connection.guest.counters["kept"] += 1
         connection.guest.connections.pop(connection.token, None)
         self._kept.add(connection)
-        with contextlib.suppress(ValueError):
-            self._homeward.remove(connection)
+        self._homeward.remove(connection)
         if connection.timer is not None:
             connection.timer.cancel()
         return True
