@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that can wait: a few pieces between two looks of the event loop at everything else, so that thousands keep nobody waiting."""
+"""Work that can wait: some of it between two looks of the event loop at everything else, so that thousands keep nobody waiting."""
 
 from __future__ import annotations
 
