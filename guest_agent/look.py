@@ -47,9 +47,9 @@ class Looks:
         self._asked[token] = relative, everything, answer
         try:
             self._send({"type": "look", "token": token, "path": relative}, b"")
-        except (ConnectionError, ValueError):
+        except (ConnectionError, ValueError) as error:
             del self._asked[token]
-            answer(errno.EAGAIN)
+            answer(errno.EAGAIN if isinstance(error, ConnectionError) else errno.EINVAL)
 
     def message(self, header: Header) -> None:
         """The host has looked."""

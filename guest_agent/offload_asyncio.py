@@ -229,6 +229,7 @@ class Link:
         """The agent went away: what it never got is sent from here, the rest is asked back from its next life."""
         self._disconnect()
         self._unsent.clear()
+        self.attendance.lost()
         for seen in self._looks.values():
             _refuse(seen, errno.EAGAIN)
         for number in [number for number, pending in self._pending.items() if not pending.asked]:

@@ -14,6 +14,7 @@ Files that are held (`held_files.py`) need not be closed; others the application
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -59,12 +60,19 @@ class Attendance:
         """Until the host can be asked for a file of the share, or it is here."""
         await self._askable.wait()
 
-    async def another(self) -> None:
-        """The host did not answer for a file: until the next one can be asked, if this one is being left, or the share is here."""
-        if self.may_look:
+    async def another(self, error: OSError) -> None:
+        """The host did not answer for a file: until the next one can be asked, if this one is being left, or was not asked at all
+        (EAGAIN); else until the share is here."""
+        if self.may_look and error.errno != errno.EAGAIN:
             await self.present()
         else:
             await self.askable()
+
+    def lost(self) -> None:
+        """Nobody can be asked before the agent's next life says so."""
+        if self.away:
+            self.may_look = False
+            self._askable.clear()
 
     def notify(self, on_leave: Notice | None, on_return: Notice | None) -> None:
         """Have both called from now on."""

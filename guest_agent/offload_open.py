@@ -49,7 +49,7 @@ async def open_file(path: str, *, beneath: str = "/") -> File:
         except OSError as error:
             if error.errno in _FINAL:
                 raise
-            await attendance.another()
+            await attendance.another(error)
             continue
         if not attendance.away:
             os.close(fd)
@@ -80,20 +80,23 @@ async def descriptor(hold: HeldFile, *, refused: bool = False) -> int:
         await attendance.present()
     while hold.away:
         await attendance.askable()
-        await _stand_in(hold)
-        if hold.stand_in >= 0:
-            return hold.stand_in
-        await attendance.another()
+        try:
+            await _stand_in(hold)
+        except OSError as error:
+            await attendance.another(error)
+        else:
+            if hold.stand_in >= 0:
+                return hold.stand_in
     hold.check()
     return hold.fd
 
 
 async def _stand_in(hold: HeldFile) -> None:
+    """It has one, if it is still away. Raises OSError."""
     if hold.stand_in >= 0:
         return
-    with contextlib.suppress(OSError):
-        fd = await offload_asyncio.link().look(hold.path)
-        if hold.away and hold.holders:
-            hold.name(fd)
-        else:
-            os.close(fd)
+    fd = await offload_asyncio.link().look(hold.path)
+    if hold.away and hold.holders:
+        hold.name(fd)
+    else:
+        os.close(fd)

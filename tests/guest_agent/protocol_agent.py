@@ -41,7 +41,8 @@ def send_bytes(fds: list[int], offset: int, count: int) -> int:
 
 class ProtocolAgent:
     """Listens at `path`. `behaviour` answers each sendfile and reclaim; None closes the connection unanswered. `seen`: files that a
-    host would know while the share is away, and their sizes; empty: it cannot be asked."""
+    host would know while the share is away, and their sizes; empty: it cannot be asked. `unheard`: so many times the host is
+    another one before it has answered."""
 
     def __init__(self, path: str, *, shares: list[str], threshold: int = 65536, behaviour: Behaviour = deliver) -> None:
         self.path, self.shares, self.threshold, self.behaviour = path, shares, threshold, behaviour
@@ -50,6 +51,7 @@ class ProtocolAgent:
         self.connections = 0
         self.presence = "here"
         self.seen: dict[str, int] = {}
+        self.unheard = 0
         self.let_go = threading.Event()
         self.answered = threading.Event()
         self._attending: set[socket.socket] = set()
@@ -152,6 +154,12 @@ class ProtocolAgent:
 
     def _look(self, connection: socket.socket, request: Message) -> None:
         answer, size = {"v": 1, "id": request["id"], "looked": errno.ENOENT}, self.seen.get(request["path"])
+        if self.unheard:
+            self.unheard -= 1
+            gone = {**json.loads(self._note()), "look": False}
+            for word in (gone, {**answer, "looked": errno.EAGAIN}, json.loads(self._note())):
+                connection.send(json.dumps(word).encode())
+            return
         if size is None:
             connection.send(json.dumps(answer).encode())
             return

@@ -309,6 +309,28 @@ def test_what_the_host_refuses_waits_for_the_share(agent: ProtocolAgent, tmp_pat
         asyncio.run(test())
 
 
+def test_a_host_that_goes_while_it_is_asked(agent: ProtocolAgent, tmp_path: Path) -> None:
+    """The next one is asked, and not only when the share is back: both words come at once."""
+    body = (tmp_path / "share" / "file").read_bytes()
+    here, there = pair()
+
+    async def test() -> None:
+        here.setblocking(False)
+        with await offload.open(str(tmp_path / "share" / "file")) as before:
+            async with away(agent, tmp_path) as elsewhere:
+                _by_path(agent, elsewhere / "file")
+                agent.unheard = 3
+                (await offload.open(str(tmp_path / "share" / "file"))).close()
+                assert agent.unheard == 0
+                agent.unheard = 3
+                reading = asyncio.get_running_loop().run_in_executor(None, received, there, SIZE)
+                transfer = await offload.sendfile_async(here, before)
+                assert (transfer.path, await reading) == ("offloaded", body)
+
+    with here, there:
+        asyncio.run(test())
+
+
 def test_an_agent_that_cannot_be_asked(agent: ProtocolAgent, tmp_path: Path) -> None:
     """One of an earlier release: whoever opens a file waits, and one that is elsewhere is opened at once."""
 
