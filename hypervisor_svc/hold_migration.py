@@ -33,6 +33,10 @@ BRAKED_LIMIT = BRAKED * BRAKE_AT
 """A braked migration copies so many times slower, for so many seconds at most: the VM may write as fast."""
 MEASURED = 0.25
 """Seconds after which QEMU tells the speed of a braked migration."""
+TICK = 0.1
+"""Seconds between two looks of a held QEMU (migration/migration.c, BUFFER_DELAY)."""
+LEAVES = 0.05
+"""Seconds before the next of them in which the VM leaves: mostly enough, and its clients do not wait longer than they must."""
 STOP_LIMIT = 0.3
 """Seconds that QEMU has to stop the VM at once; then it goes on as usual."""
 _LONGEST_DOWNTIME = 2_000_000
@@ -88,6 +92,18 @@ class MigrationHold:
 def downtime_of_a_held(allowed: int, speed: int) -> int:
     """Milliseconds in which as much goes over, at HOLD_SPEED, as in `allowed` ones at `speed` (bytes a second)."""
     return min(max(allowed, allowed * speed // (HOLD_SPEED << 20)), _LONGEST_DOWNTIME)
+
+
+class Tick:
+    """When QEMU, held, has just looked: then it copies at once what it may until the next time."""
+
+    def __init__(self) -> None:
+        self._before: int | None = None
+
+    def is_now(self, stats: dict[str, Any]) -> bool:
+        """`stats` of virDomainGetJobStats, a few milliseconds apart."""
+        before, self._before = self._before, stats.get("data_processed", 0)
+        return before is not None and before != self._before
 
 
 def copies(stats: dict[str, Any]) -> bool:

@@ -30,13 +30,25 @@ from guest_agent.handoff.presence import Presence
 from hypervisor_svc.control import ControlError, call
 from hypervisor_svc.domains import DEFAULT_URI, open_connection
 from hypervisor_svc.errors import as_typed
-from hypervisor_svc.hold_migration import BRAKE_AT, HOLD_SPEED, STOP_LIMIT, MigrationHold, copies, seconds_left
+from hypervisor_svc.hold_migration import (
+    BRAKE_AT,
+    HOLD_SPEED,
+    LEAVES,
+    STOP_LIMIT,
+    TICK,
+    MigrationHold,
+    Tick,
+    copies,
+    seconds_left,
+)
 from hypervisor_svc.leave import DEADLINE, Late, Left
 
 PROGRESS_INTERVAL = 0.1
 LOOK_INTERVAL = 0.025
 """Seconds between two looks at how much is left to copy."""
 MEET_SECONDS = 30.0
+TICK_INTERVAL = 0.005
+"""The same, at a migration that is held."""
 LATE_INTERVAL = 0.01
 """Seconds that what came to the last host a moment too late waits there at most."""
 HEIR_PIECE = 8 << 20
@@ -268,7 +280,17 @@ class _Held:
         _watch(self._domain, job, self._on_step, until=self._brake)
         braked = time.monotonic()
         _watch(self._domain, job, self._on_step, until=lambda stats: self._hold.is_time(stats, time.monotonic() - braked))
-        return not job.over.is_set() and self._tell(self._hold.hold)
+        return not job.over.is_set() and self._tell(self._hold.hold) and self._await_tick(job)
+
+    def _await_tick(self, job: _Job) -> bool:
+        """Until QEMU will soon look whether it may stop the VM, or half a second has passed. Always held."""
+        tick, limit = Tick(), time.monotonic() + 5 * TICK
+        while not job.over.wait(TICK_INTERVAL) and time.monotonic() < limit:
+            with contextlib.suppress(libvirt.libvirtError):
+                if tick.is_now(self._domain.jobStats()):
+                    job.over.wait(TICK - LEAVES)
+                    break
+        return True
 
     def _brake(self, stats: Step) -> bool:
         """Whether it was time, and is done."""
