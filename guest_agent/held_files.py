@@ -162,8 +162,17 @@ def _let_go(file: HeldFile, prefixes: tuple[str, ...]) -> None:
         file.let_go(tuple(map(os.fsencode, prefixes)))
 
 
-def take_up() -> None:
-    """Open them again. Idempotent."""
+def take_up(*files: HeldFile) -> None:
+    """Open these again, or all. Idempotent."""
     with _lock:
-        for file in _held.values():
+        for file in files or _held.values():
             file.take_up()
+
+
+def take_up_one() -> bool:
+    """Open any of them again. Whether there was one."""
+    with _lock:
+        file = next((file for file in _held.values() if file.away), None)
+        if file is not None:
+            file.take_up()
+    return file is not None

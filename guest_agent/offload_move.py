@@ -34,12 +34,15 @@ class Attendance:
         self._answer = answer
         self._here = asyncio.Event()
         self._here.set()
+        self._complete = asyncio.Event()
+        self._complete.set()
         self._askable = asyncio.Event()
         self._askable.set()
         self.may_look = False
         self._prefixes: tuple[str, ...] = ()
         self._notices: list[tuple[Notice | None, Notice | None]] = []
         self._task: asyncio.Task[None] | None = None
+        self._taking_up: asyncio.Task[None] | None = None
         self._returning: set[asyncio.Task[None]] = set()
 
     @property
@@ -52,9 +55,9 @@ class Attendance:
         return self.away and path.startswith(self._prefixes)
 
     async def present(self) -> None:
-        """Until it may."""
-        while self.away:
-            await self._here.wait()
+        """Until it may, and all that is held is open again."""
+        while self.away or not self._complete.is_set():
+            await self._complete.wait()
 
     async def askable(self) -> None:
         """Until the host can be asked for a file of the share, or it is here."""
@@ -84,6 +87,9 @@ class Attendance:
             self.come_back()
             return
         self._here.clear()
+        self._complete.clear()
+        if self._taking_up is not None:
+            self._taking_up.cancel()
         self.may_look = message.get("look") is True
         if self.may_look:
             self._askable.set()
@@ -101,9 +107,15 @@ class Attendance:
             self._task.cancel()
             self._task = None
         self.may_look = False
-        held_files.take_up()
         self._here.set()
         self._askable.set()
+        self._taking_up = asyncio.get_running_loop().create_task(self._take_up())
+
+    async def _take_up(self) -> None:
+        """One file between two looks at everything else; whoever wants to go on with one opens it himself (`take_up`)."""
+        while held_files.take_up_one():
+            await asyncio.sleep(0)
+        self._complete.set()
         for _, on_return in self._notices:
             if on_return is not None:
                 task = asyncio.get_running_loop().create_task(_heed(on_return))
@@ -122,6 +134,11 @@ class Attendance:
         """Of what is held."""
         if self.away:
             held_files.let_go(self._prefixes)
+
+    def take_up(self, hold: HeldFile) -> None:
+        """One that is needed now, if the share is here."""
+        if hold.away and not self.away:
+            held_files.take_up(hold)
 
     def let_go_of(self, hold: HeldFile) -> None:
         """Of one that was held a moment too late."""

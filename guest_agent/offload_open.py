@@ -76,10 +76,9 @@ async def descriptor(hold: HeldFile, *, refused: bool = False) -> int:
     not be opened again."""
     attendance = offload_asyncio.link().attendance
     attendance.let_go_of(hold)
-    if hold.away and refused:
+    if attendance.away and refused:
         await attendance.present()
-    while hold.away:
-        await attendance.askable()
+    while not await _is_open(hold):
         try:
             await _stand_in(hold)
         except OSError as error:
@@ -89,6 +88,14 @@ async def descriptor(hold: HeldFile, *, refused: bool = False) -> int:
                 return hold.stand_in
     hold.check()
     return hold.fd
+
+
+async def _is_open(hold: HeldFile) -> bool:
+    """As soon as the host can be asked for it, or the share is here."""
+    attendance = offload_asyncio.link().attendance
+    await attendance.askable()
+    attendance.take_up(hold)
+    return not hold.away
 
 
 async def _stand_in(hold: HeldFile) -> None:

@@ -281,8 +281,10 @@ class Guests:
 
     def _another_life(self, guest: Guest, *, rebooted: bool) -> None:
         """Another life of the agent does not know for whom it opened relays. Their connections go home, to those who ask for them.
-        Whether it is here it says itself. After a reboot nobody is left who could ask."""
-        guest.draining, guest.presence, guest.presence_message = False, Presence.HERE, ""
+        Whether it is here it says itself, and until then it is not (agents of the first release do not say). After a reboot nobody
+        is left who could ask."""
+        guest.draining, guest.presence_message = False, ""
+        guest.presence = Presence.RETURNING if "let_go" in guest.features else Presence.HERE
         for relay in list(guest.relays.values()):
             self.relays.close(relay)
         if rebooted:

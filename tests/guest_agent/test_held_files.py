@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from guest_agent.held_files import held, let_go, size_of, take_up
+from guest_agent.held_files import held, let_go, size_of, take_up, take_up_one
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,20 @@ def test_the_same_file_at_the_same_position(tmp_path: Path) -> None:
         take_up()
         hold.check()
         assert (hold.away, file.read(10)) == (False, bytes(range(100, 110)))
+
+
+def test_one_after_another(tmp_path: Path) -> None:
+    """Whoever needs one opens that one."""
+    with contextlib.ExitStack() as stack:
+        holds = []
+        for name in "abc":
+            (tmp_path / name).write_text(name)
+            holds.append(stack.enter_context(held(stack.enter_context((tmp_path / name).open("rb")).fileno())))
+        let_go((f"{tmp_path}/",))
+        take_up(holds[1])
+        assert [hold.away for hold in holds] == [True, False, True]
+        assert take_up_one() and take_up_one() and not take_up_one()
+        assert not any(hold.away for hold in holds)
 
 
 def test_a_folder(tmp_path: Path) -> None:
