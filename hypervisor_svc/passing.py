@@ -93,12 +93,16 @@ class Passing:
 
     # The destination.
 
-    def expect(self, machine: str, rows: list[object], *, first: bool) -> int:
-        """What a VM of this name will bring, beyond what it is known to bring unless these are the first. Raises ValueError."""
+    def expect(self, machine: str, guest: Guest | None, rows: list[object], *, first: bool) -> int:
+        """What a VM of this name will bring, beyond what it is known to bring unless these are the first; `guest`: if it is known
+        here, from an earlier stay or already again. Raises ValueError."""
         try:
-            return self._inheritance.keep(machine, rows, first=first)
+            kept = self._inheritance.keep(machine, rows, first=first)
         except (HandoffError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"what {machine} brings: {error}") from None
+        if first and guest is not None and not guest.hears:
+            self._forget_stay(guest)
+        return kept
 
     def put_late(self, machine: str, guest: Guest | None, packets: list[object]) -> int:
         """What clients said to the last host; `guest`: if it is here already. How many there are. Raises ValueError."""
@@ -121,8 +125,7 @@ class Passing:
         inherited = self._inheritance.pop(guest.machine.name, token)
         if inherited is None or token in guest.connections or token in self._refused or token in self._ends.over:
             return
-        self.let_pass(guest)  # it has been elsewhere since
-        guest.draining = guest.passing = False
+        self._forget_stay(guest)
         try:
             connection = self._offer(guest, inherited.job, len(inherited.body))
             connection.sent_before, connection.ready = inherited.sent_before, inherited.ready
@@ -135,6 +138,11 @@ class Passing:
             self._begin(guest, connection, INTERVAL)
             for segment in inherited.late:
                 self._injector.inject(connection.flow, segment)
+
+    def _forget_stay(self, guest: Guest) -> None:
+        """It has been elsewhere since it left."""
+        self.let_pass(guest)
+        guest.draining = guest.passing = False
 
     def refused(self, token: str) -> None:
         """The guest goes on with it."""

@@ -310,7 +310,7 @@ class Service:
         if not isinstance(rows, list) or not isinstance(late, list):
             raise ValueError("rows and late are lists")
         here = next((guest for guest in self._guests if guest.machine.name == machine), None)
-        kept = self._guests.passing.expect(machine, rows, first=request.get("first") is True)
+        kept = self._guests.passing.expect(machine, here, rows, first=request.get("first") is True)
         return {"kept": kept, "late": self._guests.passing.put_late(machine, here, late)}
 
     async def _meet(self, request: dict[str, Any]) -> dict[str, Any]:

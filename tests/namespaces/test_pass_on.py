@@ -34,8 +34,9 @@ def leave(hosts: TwoHosts, count: int) -> list[dict[str, Any]]:
 
 
 def arrive(hosts: TwoHosts, rows: list[dict[str, Any]], *, meet: bool = True) -> None:
+    assert hosts.other.call("bring", rows=[], first=True)["kept"] == 0
     for number, row in enumerate(rows):  # as many requests as it takes
-        assert hosts.other.call("bring", rows=[row], first=number == 0)["kept"] == number + 1
+        assert hosts.other.call("bring", rows=[row])["kept"] == number + 1
     hosts.move()
     if meet:
         hosts.host.call("meet", seconds=15)
@@ -52,6 +53,19 @@ def test_the_guest_is_not_asked(hosts: TwoHosts) -> None:
     told = agent_counters(hosts)
     assert (told["handed_out"], told["handed_back"], told.get("carried", 0)) == (2, 2, 0)
     assert not [name for name in told if name.startswith(("local", "failed"))]
+    assert hosts.counters()["offloaded"] == 2
+
+
+def test_it_comes_back_with_nothing_under_way(hosts: TwoHosts) -> None:
+    """What it once passed on from here is over, and nothing that it offers is parked any more."""
+    curl = download(hosts)
+    arrive(hosts, leave(hosts, 1))
+    assert is_complete(hosts, curl)
+    wait_for(lambda: hosts.host.machine()["connections_out"] == 0, "it is home")
+    arrive(hosts, leave(hosts, 0))
+    curl = download(hosts)
+    out(hosts, 1)
+    assert is_complete(hosts, curl)
     assert hosts.counters()["offloaded"] == 2
 
 
