@@ -7,7 +7,15 @@ import math
 
 import pytest
 
-from hypervisor_svc.hold_migration import BRAKED_LIMIT, HOLD_SPEED, MigrationHold, copies, downtime_of_a_held, seconds_left
+from hypervisor_svc.hold_migration import (
+    BRAKED_LIMIT,
+    HOLD_SPEED,
+    MigrationHold,
+    Tick,
+    copies,
+    downtime_of_a_held,
+    seconds_left,
+)
 
 
 @pytest.mark.parametrize(
@@ -62,3 +70,9 @@ def test_when_a_braked_migration_is_held(remaining: int, speed: int, braked: flo
     hold.brake({"memory_bps": 400 << 20})
     stats = {"data_total": 1 << 30, "data_remaining": remaining << 20, "memory_bps": speed << 20}
     assert hold.is_time(stats, braked) is time
+
+
+def test_a_tick_is_seen_by_what_is_copied() -> None:
+    """The first look has nothing to compare with."""
+    tick = Tick()
+    assert [tick.is_now({"data_processed": done}) for done in (100, 100, 200, 200, 300)] == [False, False, True, False, True]
