@@ -293,8 +293,11 @@ class Guests:
     def _finish_inherited(self, guest: Guest) -> None:
         """It has arrived: those of its last host's connections that were finished before it could hear it go home."""
         for connection in list(guest.connections.values()):
-            if connection.finished and not self._server.serves(connection):
-                self._ends.finished(connection)
+            self._finish_if_untold(connection)
+
+    def _finish_if_untold(self, connection: Connection) -> None:
+        if connection.finished and not self._server.serves(connection):
+            self._ends.finished(connection)
 
     def _end_all(self, guest: Guest) -> None:
         """Nobody is left who could take its connections back."""
@@ -367,7 +370,8 @@ class Guests:
         self._offered_flows[job.token] = flow
         if any(other.flow == flow for other in (*guest.connections.values(), *guest.passed.values())):
             raise GuestError(Reason.DUPLICATE, f"the host has this connection already: {flow.client}")
-        if guest.draining and (isinstance(job, RelayJob) or not guest.passing):
+        leaves = isinstance(job, RelayJob) if guest.passing else guest.draining  # files are passed on, relays are not
+        if leaves:
             raise HostError(Reason.DRAINING, "the VM is being drained")
         if time.monotonic() < guest.paused_until:
             raise HostError(Reason.OPERATOR, "the operator measures without the offload")
@@ -479,8 +483,8 @@ class Guests:
             if header.get("standing_by") is not True:
                 self._ends.recall(connection)
             guest.send(*connection.parting)
-        elif connection.finished and not self._server.serves(connection):
-            self._ends.finished(connection)  # it could not be told
+        else:
+            self._finish_if_untold(connection)
 
     def _tell_of_another(self, guest: Guest, token: str, header: Header) -> None:
         """Of one that is not here."""

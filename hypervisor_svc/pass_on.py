@@ -10,9 +10,8 @@ place-holder that it is. So what has to be done while nobody serves does not wai
                   had not answered it offers again (`hand_out_again`)
 
 What both do with it is in `passing.py`; who brings it over is `migrate.py`, before QEMU may stop the VM, and what comes later until
-the VM has gone. What the destination cannot
-take is given to the guest, as if it had come home (`Inherited.home`). The client is asked at once how far it is
-(`ask_client.py`)."""
+the VM has gone. What the destination cannot take is given to the guest, as if it had come home (`Inherited.home`). The client is
+asked at once how far it is (`ask_client.py`)."""
 
 from __future__ import annotations
 
