@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.guest_agent.handoff import test_ring_file, test_snapshot, test_wire
+from tests.guest_agent.handoff import test_anticipated, test_ring_file, test_snapshot, test_wire
 from tests.hypervisor_svc import test_policy
 
 PROPERTIES: tuple[Callable[[], None], ...] = (
@@ -27,6 +27,7 @@ PROPERTIES: tuple[Callable[[], None], ...] = (
     test_snapshot.test_mutated_snapshots_never_crash,
     test_snapshot.test_any_json_never_crashes,
     test_ring_file.test_no_header_crashes,
+    test_anticipated.test_nothing_that_is_anticipated_crashes,
     test_policy.test_no_request_crashes,
     test_policy.test_no_relay_crashes,
     test_policy.test_no_sink_crashes,
