@@ -26,6 +26,7 @@ from hypervisor_svc.redirect import Flow
 from hypervisor_svc.schedule import PRIORITIES
 
 if TYPE_CHECKING:
+    from hypervisor_svc.anticipate import Anticipation
     from hypervisor_svc.relay import Relay
 
 
@@ -122,7 +123,8 @@ class Connection:
     `sent_before`: bytes that earlier hosts have sent, of which this job knows nothing; `told`: so many of the packets that
     it `held` the next host has; `rolled_back`: bytes of the file that were queued and are not on their way home; `kept`: nobody
     will take it home, it ends here. `relay`: what it is a sink or the source of, `sink` its number there, `cursor` the position
-    where it would go on."""
+    where it would go on. `anticipation`: what its client may ask next; `before`: bytes that were sent since its snapshot was made,
+    and before the first one of what is served now."""
 
     guest: Guest
     job: Job
@@ -153,6 +155,33 @@ class Connection:
     relay: Relay | None = None
     sink: int = 0
     cursor: int | None = None
+    anticipation: Anticipation | None = None
+    before: int = 0
+
+    @property
+    def answered(self) -> list[int]:
+        """Which of the anticipated requests it has answered, the last perhaps in part: `job` and `sent` are of that one."""
+        return self.anticipation.answered if self.anticipation is not None else []
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether its client may ask for more."""
+        return self.anticipation is not None and self.anticipation.expects
+
+    def serve_next(self, job: Job, file: int, *, head: int) -> None:
+        """Its client has asked for something else, and got `head` bytes of the answer."""
+        self.before += self.job.count + head
+        if self.file >= 0:
+            os.close(self.file)
+        self.job, self.file = job, file
+        self.sent = self.sent_before = 0
+        self.finished = False
+
+    def stop_waiting(self) -> None:
+        """For the guest's place-holder."""
+        self.waits_for_guest = False
+        if self.timer is not None:
+            self.timer.cancel()
 
     @property
     def token(self) -> str:

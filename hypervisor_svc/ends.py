@@ -81,7 +81,7 @@ class Ends:
             self._alone(guest)
             connection.finished = True
             return
-        if connection.ready is None and connection.reason is None:
+        if connection.ready is None and connection.reason is None and not connection.answered:
             self._wait_for_guest(connection)
             return
         try:

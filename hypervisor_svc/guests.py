@@ -18,6 +18,7 @@ from guest_agent.handoff.presence import Presence
 from guest_agent.handoff.recent import Recent
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Established, Event, Header, Message, Violation
+from hypervisor_svc.anticipate import AnticipateWords
 from hypervisor_svc.ask_client import ask
 from hypervisor_svc.channel import Channel
 from hypervisor_svc.connection import Connection, Durations, Guest
@@ -51,14 +52,22 @@ MEASURE_INTERVAL = 1.0
 
 
 class Limits:
-    """What one VM may have: connections at once, queue bytes per snapshot, frames a second, seconds unclaimed."""
+    """What one VM may have: connections at once, queue bytes per snapshot, frames a second, seconds unclaimed, and seconds between
+    two requests of a client."""
 
     def __init__(
-        self, *, max_connections: int, max_queue_bytes: int, max_frames_per_second: int, orphan_timeout: float, threshold: int
+        self,
+        *,
+        max_connections: int,
+        max_queue_bytes: int,
+        max_frames_per_second: int,
+        orphan_timeout: float,
+        next_request: float,
+        threshold: int,
     ) -> None:
         self.max_connections, self.max_queue_bytes = max_connections, max_queue_bytes
         self.max_frames_per_second, self.orphan_timeout = max_frames_per_second, orphan_timeout
-        self.threshold = threshold
+        self.next_request, self.threshold = next_request, threshold
 
 
 class Guests:
@@ -90,7 +99,13 @@ class Guests:
             alone=self._alone,
         )
         self.schedule = Schedule()
-        self._server = Server(self.schedule, quantum=quantum, on_finished=self._ends.finished, on_gone=self._ends.client_gone)
+        self._server = Server(
+            self.schedule,
+            quantum=quantum,
+            next_request=self._next_request,
+            on_finished=self._ends.finished,
+            on_gone=self._ends.client_gone,
+        )
         self._user_engine = UserEngine(self.schedule)
         self._engine = choose(relay_engine, self._user_engine)
         self.relays = Relays(
@@ -101,7 +116,8 @@ class Guests:
             on_gone=self._ends.client_gone,
             on_lagged=self._ends.lagged,
         )
-        self._words = (RelayWords(self.relays, go_home=self._ends.finished), LookWords())
+        anticipate = AnticipateWords(serve=self._server.add, over=self._server.listen_no_more)
+        self._words = (RelayWords(self.relays, go_home=self._ends.finished), LookWords(), anticipate)
         self._by_uuid: dict[str, Guest] = {}
         self._offered_flows: Recent[str, Flow] = Recent(REMEMBERED)
         self.passing = Passing(
@@ -215,6 +231,11 @@ class Guests:
     def end_late(self, connection: Connection) -> None:
         """One that did not come home in time, and that nobody keeps."""
         self._ends.end_late(connection)
+
+    def _next_request(self, connection: Connection) -> float:
+        """Those that wait for one must not keep others from going out."""
+        crowded = 2 * len(connection.guest.connections) > self._limits.max_connections
+        return 0.0 if crowded else self._limits.next_request
 
     def _stop(self, connection: Connection) -> None:
         """Send nothing more; idempotent."""

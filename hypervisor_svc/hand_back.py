@@ -149,6 +149,7 @@ class HandBack:
             "message": connection.message,
             "errno": connection.errno,
             "cursor": connection.cursor,
+            "answered": connection.answered,
             "direct": connection.direct,
             "closed": bool(connection.fin),
             "snapshot": snapshot,
@@ -172,7 +173,7 @@ class HandBack:
             self._injector.inject(connection.flow, connection.fin)
         assert connection.parting is not None
         said = connection.parting[0]
-        home = {key: said[key] for key in ("token", "sent", "reason", "message", "errno", "cursor")}
+        home = {key: said[key] for key in ("token", "sent", "reason", "message", "errno", "cursor", "answered")}
         return {"type": "home", "unsent": said["snapshot"]["queues"][2] > 0, **home}
 
     def end(self, connection: Connection) -> None:
@@ -220,7 +221,7 @@ def _roll_back(connection: Connection, snapshot: Snapshot) -> None:
     job = connection.job
     if isinstance(job, RelayJob):
         return
-    first = job.snapshot.send_next + len(job.snapshot.unsent)
+    first = job.snapshot.send_next + len(job.snapshot.unsent) + connection.before
     reached = snapshot.send_next + len(snapshot.unsent) - first
     connection.rolled_back = (connection.sent - reached) & 0xFFFFFFFF
     connection.sent -= connection.rolled_back
@@ -230,5 +231,5 @@ def _roll_back(connection: Connection, snapshot: Snapshot) -> None:
 
 def _as_expected(connection: Connection, snapshot: Snapshot) -> bool:
     """Whether the guest's place-holder, if it stands by, stands there."""
-    complete = connection.reason is None and connection.sent == connection.job.count
+    complete = connection.reason is None and connection.sent == connection.job.count and not connection.answered
     return complete and connection.ready is True and not snapshot.unacked and not snapshot.unsent

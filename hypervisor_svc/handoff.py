@@ -54,6 +54,8 @@ class Handoff:
     def _open(self, connection: Connection) -> None:
         if isinstance(connection.job, RelayJob):
             return  # its bytes come from the relay
+        if connection.job.count == 0:
+            return  # all of it was sent by the last host, and the client may ask for more
         share = connection.guest.machine.share
         if share is None:
             raise HostError(Reason.NOT_ON_SHARE, "this VM has no share on the host")

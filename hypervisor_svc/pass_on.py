@@ -23,13 +23,15 @@ from typing import Any
 from guest_agent.handoff.errors import Reason
 from guest_agent.handoff.snapshot import Snapshot, encode
 from guest_agent.handoff.wire import Header
+from hypervisor_svc.anticipate import Anticipation, read_anticipation, write_anticipation
 from hypervisor_svc.connection import Connection
 from hypervisor_svc.policy import Job, RelayJob, read_job
 
 LatePacket = tuple[str, str]
 """A TCP segment of a client, as JSON: the connection's token, and base64."""
 Row = dict[str, Any]
-"""One connection, as JSON: {"request": a hand_out message, "body": its queues (base64), "sent_before": bytes, "ready": bool}."""
+"""One connection, as JSON: {"request": a hand_out message, "body": its queues (base64), "sent_before": bytes, "ready": bool,
+"anticipation": `anticipate.py`}. Of one that waits for its client's next request the count is 0."""
 
 KEPT_SECONDS = 60.0
 """Until a VM that was to come is not expected any more."""
@@ -43,10 +45,11 @@ def can_be_passed(connection: Connection) -> bool:
 
 
 def is_whole(connection: Connection, snapshot: Snapshot) -> bool:
-    """Whether what was frozen is all that the next host needs: something is left to send, no FIN of the client is to be said again,
-    and not too much waits."""
+    """Whether what was frozen is all that the next host needs: something is left to send, or may be asked for, no FIN of the client
+    is to be said again, and not too much waits."""
     queued = len(snapshot.receive_queue) + len(snapshot.unacked) + len(snapshot.unsent)
-    return not connection.fin and queued <= MAX_BODY and connection.sent < connection.job.count
+    goes_on = connection.sent < connection.job.count or connection.goes_on
+    return not connection.fin and queued <= MAX_BODY and goes_on
 
 
 def write_row(connection: Connection, snapshot: Snapshot) -> Row:
@@ -63,7 +66,11 @@ def write_row(connection: Connection, snapshot: Snapshot) -> Row:
         "priority": job.priority,
         "snapshot": header,
     }
-    told = {"sent_before": connection.sent_before + sent, "ready": connection.ready is True}
+    told = {
+        "sent_before": connection.sent_before + sent,
+        "ready": connection.ready is True,
+        "anticipation": write_anticipation(connection.anticipation),
+    }
     return {"request": request, "body": base64.b64encode(body).decode(), **told}
 
 
@@ -77,6 +84,7 @@ class Inherited:
     job: Job
     sent_before: int
     ready: bool
+    anticipation: Anticipation | None
     late: list[bytes] = field(default_factory=list)
 
     def home(self, message: str) -> Header:
@@ -89,6 +97,7 @@ class Inherited:
             "message": message,
             "errno": 0,
             "cursor": None,
+            "answered": self.anticipation.answered if self.anticipation is not None else [],
             "direct": True,
             "closed": False,
             "snapshot": self.request["snapshot"],
@@ -117,7 +126,9 @@ def read_row(row: object) -> Inherited:
     if not isinstance(request, dict) or type(sent) is not int or sent < 0 or type(ready) is not bool:
         raise ValueError("a connection: request, sent_before or ready is not what it is to be")
     body = base64.b64decode(row["body"], validate=True)
-    return Inherited(request, body, read_job(request, body), sent, ready)
+    anticipation = read_anticipation(row.get("anticipation"))
+    job = read_job(request, body, least=0 if anticipation is not None else 1)
+    return Inherited(request, body, job, sent, ready, anticipation)
 
 
 class Inheritance:

@@ -129,6 +129,7 @@ class Passing:
         try:
             connection = self._offer(guest, inherited.job, len(inherited.body))
             connection.sent_before, connection.ready = inherited.sent_before, inherited.ready
+            connection.anticipation, connection.finished = inherited.anticipation, inherited.job.count == 0
             self._take(connection)
         except (HandoffError, OSError) as error:
             log.warning("%s: %s goes to the guest: %s", guest.machine.name, token, error)

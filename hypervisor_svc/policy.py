@@ -187,15 +187,15 @@ def _exactly(header: Header, fields: frozenset[str]) -> None:
         raise GuestError(Reason.BAD_REQUEST, f"{header['type']}: fields {sorted(header.keys() ^ fields)}")
 
 
-def read_job(header: Header, body: bytes) -> Job:
-    """Check the form of a `hand_out` message. Raises GuestError."""
+def read_job(header: Header, body: bytes, *, least: int = 1) -> Job:
+    """Check the form of a `hand_out` message; `least`: bytes. Raises GuestError."""
     _exactly(header, _HAND_OUT_FIELDS)
     job = Job(
         token=read_token(header),
         path=_path(header["path"]),
         inode=_number("inode", header["inode"], 0),
         offset=_number("offset", header["offset"], 0),
-        count=_number("count", header["count"], 1),
+        count=_number("count", header["count"], least),
         priority=_priority(header["priority"]),
         snapshot=decode(header["snapshot"], body),
     )

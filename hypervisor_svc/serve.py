@@ -6,7 +6,8 @@ edge-triggered epoll. A part of a file that is not in the page cache is read in 
 disk never stops the loop (preadv2(2), RWF_NOWAIT).
 
 A transfer is over when the client has acknowledged all of it: the kernel itself says when, through the socket's error
-queue (SOF_TIMESTAMPING_TX_ACK, Documentation/networking/timestamping.rst), so nobody polls and nobody waits too long."""
+queue (SOF_TIMESTAMPING_TX_ACK, Documentation/networking/timestamping.rst), so nobody polls and nobody waits too long. Then its
+client may ask for what was anticipated (`anticipate.py`), and is served on."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from guest_agent.handoff import kernel
 from guest_agent.handoff.errors import Reason
 from guest_agent.handoff.restore import set_congestion
 from guest_agent.handoff.state import Host
+from hypervisor_svc.anticipate import NotAnticipated, begin
 from hypervisor_svc.connection import Connection
 from hypervisor_svc.schedule import PRIORITIES, Schedule
 
@@ -41,23 +43,25 @@ COLD_CONGESTION = "reno"
 
 class Server:
     """`on_finished(connection)` when all is sent and acknowledged or the file ended; `on_gone(connection, errno)` when
-    the client is."""
+    the client is. `next_request(connection)`: seconds that it waits for one."""
 
     def __init__(
         self,
         schedule: Schedule,
         *,
         quantum: int,
+        next_request: Callable[[Connection], float],
         on_finished: Callable[[Connection], None],
         on_gone: Callable[[Connection, int], None],
     ) -> None:
-        self._schedule, self._quantum = schedule, quantum
+        self._schedule, self._quantum, self._next_request = schedule, quantum, next_request
         self._on_finished, self._on_gone = on_finished, on_gone
         self._loop = asyncio.get_running_loop()
         self._epoll = select.epoll()
         self._by_fd: dict[int, _Sending] = {}
         self._waiting_for_ack: set[Connection] = set()
         self._fetching: set[Connection] = set()
+        self._listening: dict[Connection, asyncio.TimerHandle] = {}
         self._sweep: asyncio.TimerHandle | None = None
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="streamlift-read")
         self._loop.add_reader(self._epoll, self._events)
@@ -77,8 +81,7 @@ class Server:
         connection.sock.setsockopt(socket.IPPROTO_TCP, kernel.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._by_fd[fd] = _Sending(connection, self._advance)
         if connection.finished:  # it was on its way home, and ends here
-            self._waiting_for_ack.add(connection)
-            self._check_acknowledged(connection)
+            self._await_acknowledgement(connection)
         else:
             self._advance(connection)
         if fd in self._by_fd:
@@ -91,6 +94,7 @@ class Server:
     def remove(self, connection: Connection) -> None:
         """Stop serving at a byte boundary; idempotent."""
         self._waiting_for_ack.discard(connection)
+        self._stop_listening(connection)
         sending = self._by_fd.pop(connection.sock.fileno(), None) if connection.sock is not None else None
         if sending is None or connection.sock is None:
             return
@@ -111,7 +115,9 @@ class Server:
             if error or events & select.EPOLLHUP:
                 self._gone(connection, error or errno.ECONNRESET)
                 return
-        if connection.finished:
+        if connection in self._listening:
+            self._listen(connection)
+        elif connection.finished:
             self._check_acknowledged(connection)
         elif events & select.EPOLLOUT:
             if connection.cold:
@@ -161,9 +167,7 @@ class Server:
             connection.reason = Reason.FILE_SHORT
             connection.message = f"the file ended after {connection.sent} of {connection.job.count} bytes"
         if sent == 0 or connection.sent == connection.job.count:
-            connection.finished = True
-            self._waiting_for_ack.add(connection)
-            self._check_acknowledged(connection)
+            self._await_acknowledgement(connection)
         else:
             self._enqueue(connection)
 
@@ -171,9 +175,7 @@ class Server:
         """The connection goes home with what was sent, and the application learns why."""
         connection.reason, connection.errno = Reason.READ_ERROR, error.errno or errno.EIO
         connection.message = f"reading {connection.job.path!r}: {error.strerror}"
-        connection.finished = True
-        self._waiting_for_ack.add(connection)
-        self._check_acknowledged(connection)
+        self._await_acknowledgement(connection)
 
     def _gone(self, connection: Connection, number: int) -> None:
         self.remove(connection)
@@ -181,11 +183,16 @@ class Server:
 
     # Acknowledged?
 
+    def _await_acknowledgement(self, connection: Connection) -> None:
+        connection.finished = True
+        self._waiting_for_ack.add(connection)
+        self._check_acknowledged(connection)
+
     def _check_acknowledged(self, connection: Connection) -> None:
         assert connection.sock is not None
         if _unacknowledged(connection.sock) == 0:
-            self.remove(connection)
-            self._on_finished(connection)
+            self._waiting_for_ack.discard(connection)
+            self._acknowledged(connection)
         elif self._sweep is None:
             self._sweep = self._loop.call_later(SWEEP_INTERVAL, self._sweep_acknowledged)
 
@@ -194,6 +201,42 @@ class Server:
         self._sweep = None
         for connection in list(self._waiting_for_ack):
             self._check_acknowledged(connection)
+
+    def _acknowledged(self, connection: Connection) -> None:
+        seconds = self._next_request(connection) if connection.goes_on and connection.reason is None else 0.0
+        if seconds:
+            self._listening[connection] = self._loop.call_later(seconds, self._over, connection)
+            self._listen(connection)
+        else:
+            self._over(connection)
+
+    def _over(self, connection: Connection) -> None:
+        self.remove(connection)
+        self._on_finished(connection)
+
+    # Another request?
+
+    def _listen(self, connection: Connection) -> None:
+        try:
+            if not begin(connection):
+                return
+        except NotAnticipated:
+            self._over(connection)
+        except OSError as error:
+            self._gone(connection, error.errno or errno.ECONNRESET)
+        else:
+            self._stop_listening(connection)
+            self._advance(connection)
+
+    def listen_no_more(self, connection: Connection) -> None:
+        """It goes home, unless it is being answered."""
+        if connection in self._listening:
+            self._over(connection)
+
+    def _stop_listening(self, connection: Connection) -> None:
+        timer = self._listening.pop(connection, None)
+        if timer is not None:
+            timer.cancel()
 
     # The disk.
 

@@ -109,6 +109,7 @@ class Service:
             "instance": os.urandom(8).hex(),
             "backends": [self._backend.name],
             "kernel": platform.release(),
+            "features": ["anticipate"] if self._config.serve.next_request_seconds else [],
         }
 
     def _limits(self) -> Limits:
@@ -118,6 +119,7 @@ class Service:
             max_queue_bytes=policy.max_queue_bytes,
             max_frames_per_second=policy.max_frames_per_second,
             orphan_timeout=self._config.serve.orphan_timeout_seconds,
+            next_request=self._config.serve.next_request_seconds,
             threshold=policy.threshold_bytes,
         )
 
@@ -220,7 +222,10 @@ class Service:
             "machines": machines,
             "totals": {
                 key: sum(machine[key] for machine in machines)
-                for key in ("connections_out", "handed_out", "handed_back", "failed", "ended", "bytes_sent", "bytes_per_second")
+                for key in (
+                    *("connections_out", "handed_out", "handed_back", "answered", "failed", "ended"),
+                    *("bytes_sent", "bytes_per_second"),
+                )
             },
         }
 
@@ -349,6 +354,7 @@ def _machine_status(guest: Guest) -> dict[str, Any]:
         "connections_out": len(guest.connections),
         "handed_out": guest.counters["handed_out"],
         "handed_back": guest.counters["handed_back"],
+        "answered": guest.counters["answered"],
         "failed": guest.counters["failed"],
         "ended": guest.counters["ended"],
         "lost": dict(guest.lost),
@@ -372,6 +378,7 @@ def _connection_status(connection: Connection) -> dict[str, Any]:
         "offset": connection.job.offset,
         "count": connection.job.count,
         "sent": connection.sent,
+        "answered": len(connection.answered),
         "age_seconds": round(time.monotonic() - connection.started, 3),
     }
 

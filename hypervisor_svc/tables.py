@@ -76,7 +76,7 @@ def _about(status: dict[str, Any]) -> Table:
         "redirects by": f"{status['redirect']}; {freeze}",
         "VMs from": f"{libvirt['uri']}, {'connected' if libvirt['connected'] else 'away'}" if libvirt else "configuration file",
         "connections": f"{totals['connections_out']} out now; {totals['handed_out']} went out, {totals['handed_back']} came home, "
-        f"{totals['failed'] + totals['ended']} were lost",
+        f"{totals['answered']} more requests were answered, {totals['failed'] + totals['ended']} were lost",
         "sent": f"{size(totals['bytes_sent'])}, now {size(totals['bytes_per_second'])}/s",
     }
     grid = Table.grid("", Column(overflow="fold"), padding=(0, 2))

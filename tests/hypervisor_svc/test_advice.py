@@ -29,8 +29,8 @@ def status(**machine: Any) -> dict[str, Any]:
         "limits": {"connections_out": 4096, "relays": 64, "ring_bytes": 1 << 28, "frames_per_second": 20000},
         "durations": {"restore": {"samples": 9, "p50_us": 50.0, "p99_us": 70.0}},
         "machines": [{**MACHINE, **machine}],
-        "totals": {"connections_out": 2, "handed_out": 9, "handed_back": 6, "failed": 1, "ended": 0, "bytes_sent": 1 << 20,
-                   "bytes_per_second": 2048},
+        "totals": {"connections_out": 2, "handed_out": 9, "handed_back": 6, "answered": 40, "failed": 1, "ended": 0,
+                   "bytes_sent": 1 << 20, "bytes_per_second": 2048},
     }  # fmt: skip
 
 

@@ -38,7 +38,9 @@ class Bench:
         self._over: dict[Connection, asyncio.Future[int]] = {}
         self._stack = contextlib.ExitStack()
         self.order: list[Guest] = []
-        self.server = serve.Server(Schedule(), quantum=QUANTUM, on_finished=self._finished, on_gone=self._gone)
+        self.server = serve.Server(
+            Schedule(), quantum=QUANTUM, next_request=lambda _: 15.0, on_finished=self._finished, on_gone=self._gone
+        )
 
     def close(self) -> None:
         self.server.close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -376,6 +377,20 @@ def test_bad_relays(scene: Scene) -> None:
     hostile.session.about["instance"] = "1"
     hostile.connect()
     wait_for(lambda: not deployment.call("relays")["relays"], "another agent has none")
+
+
+def test_bad_anticipations(scene: Scene) -> None:
+    """Of a transfer that is its own, of one that never was, and of the neighbour's."""
+    deployment, hostile = scene
+    live = wait_for(lambda: deployment.call("connections")["connections"], "the neighbour has something out")
+    one = {"request": "GET", "head": "x", "path": "../secret", "offset": 0, "count": 5, "size": 5, "mtime_ns": 5}
+    bodies = (b"", b"[", b"[5]", json.dumps([{**one, "count": -1}]).encode(), json.dumps([one] * 33).encode())
+    for body in bodies:
+        hostile.say({"type": "anticipate", "token": live[0]["token"], "everything": True}, body)
+    hostile.say({"type": "anticipate", "token": live[0]["token"], "everything": "?"}, b"[]")
+    expect(deployment, "bad_request", len(bodies) + 1)
+    for token in (live[0]["token"], "0" * 32):
+        hostile.say({"type": "anticipate", "token": token, "everything": True}, json.dumps([one]).encode())
 
 
 def test_replies_to_requests_never_made(scene: Scene) -> None:

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step 6a, once more: a client that asks for one segment after another is answered here, as the application said that it would be,
+and the connection comes home when it asks for something else, or nothing::
+
+    guest -> host   {"type":"anticipate","token":"...","everything":false}, body: `anticipated.py`; once, and once more with an
+                    empty list: nothing is anticipated any more
+    begin()         the client's next bytes are what was anticipated: read them, send the head, serve the file
+
+What is not anticipated stays unread: it is in the receive queue when the connection comes home. `everything`: the application is
+root's, and may read all files; any other is given what everybody may read (`look.py`).
+
+A client that is silent for too long is the application's, which has a limit of its own (`serve.next_request_seconds`: longer than a
+segment, for a player whose buffer is full asks once in that time)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from guest_agent.handoff.anticipated import MAX_REQUEST, Anticipated, find, read_anticipated, write_anticipated
+from guest_agent.handoff.errors import GuestError, HandoffError, Reason
+from guest_agent.handoff.state import Host
+from guest_agent.handoff.wire import Header
+from hypervisor_svc.connection import Connection, Guest
+from hypervisor_svc.policy import Job, RelayJob, look_at, open_file, read_token
+
+
+class NotAnticipated(Exception):
+    """It is for the guest."""
+
+
+@dataclass
+class Anticipation:
+    """What was told, and the numbers of those that were answered, the last perhaps in part."""
+
+    told: tuple[Anticipated, ...]
+    everything: bool
+    answered: list[int] = field(default_factory=list)
+
+    @property
+    def first(self) -> int:
+        """The next that may come."""
+        return self.answered[-1] + 1 if self.answered else 0
+
+    @property
+    def expects(self) -> bool:
+        """Whether any may."""
+        return self.first < len(self.told)
+
+    def end(self) -> None:
+        """None may."""
+        self.told = self.told[: self.first]
+
+
+def write_anticipation(anticipation: Anticipation | None) -> dict[str, Any] | None:
+    """For the next host."""
+    if anticipation is None:
+        return None
+    told = write_anticipated(anticipation.told)
+    return {"told": told, "everything": anticipation.everything, "answered": anticipation.answered}
+
+
+def read_anticipation(row: object) -> Anticipation | None:
+    """The inverse. Raises GuestError, KeyError or ValueError for anything else."""
+    if row is None:
+        return None
+    if not isinstance(row, dict):
+        raise ValueError("what is anticipated is no JSON object")
+    told, answered = read_anticipated(row["told"]), row["answered"]
+    numbers = isinstance(answered, list) and all(type(one) is int and 0 <= one < len(told) for one in answered)
+    if not numbers or sorted(set(answered)) != answered or type(row["everything"]) is not bool:
+        raise ValueError("what was answered is not what it is to be")
+    return Anticipation(told, row["everything"], answered)
+
+
+class AnticipateWords:
+    """A guest's message, as `guests.py` dispatches it. `serve`: one that was finished already has something to wait for; `over`: it
+    has not any more."""
+
+    def __init__(self, *, serve: Callable[[Connection], None], over: Callable[[Connection], None]) -> None:
+        self._serve, self._over = serve, over
+
+    def on_anticipate(self, guest: Guest, header: Header, body: bytes) -> None:
+        """Of a transfer that is here; for any other it comes too late."""
+        told, everything = _read(header, body)
+        connection = guest.connections.get(read_token(header))
+        if connection is None or connection.state is not Host.SERVING or isinstance(connection.job, RelayJob):
+            return
+        if connection.anticipation is not None:
+            if not told:
+                connection.anticipation.end()
+                self._over(connection)
+            return
+        connection.anticipation = Anticipation(told, everything)
+        if connection.waits_for_guest and connection.reason is None:
+            connection.stop_waiting()
+            self._serve(connection)
+
+
+def _read(header: Header, body: bytes) -> tuple[tuple[Anticipated, ...], bool]:
+    everything = header.get("everything")
+    if type(everything) is not bool:
+        raise GuestError(Reason.BAD_REQUEST, "anticipate: everything is neither true nor false")
+    try:
+        return read_anticipated(json.loads(body)), everything
+    except (ValueError, RecursionError):
+        raise GuestError(Reason.BAD_REQUEST, "anticipate: the body is not JSON") from None
+
+
+def begin(connection: Connection) -> bool:
+    """Begin to answer the client's next request, if it has come whole. Raises NotAnticipated: it is left as it is; OSError: the
+    connection is dead."""
+    anticipation, sock = connection.anticipation, connection.sock
+    assert anticipation is not None and sock is not None
+    try:
+        data = sock.recv(MAX_REQUEST, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    if not data:
+        raise NotAnticipated  # it has closed
+    try:
+        at = find(anticipation.told, anticipation.first, data)
+    except LookupError:
+        raise NotAnticipated from None
+    if at is None:
+        return False
+    _answer(connection, anticipation.told[at])
+    anticipation.answered.append(at)
+    connection.guest.counters["answered"] += 1
+    return True
+
+
+def _answer(connection: Connection, told: Anticipated) -> None:
+    """The head is sent before the request is read: until then nothing has happened."""
+    assert connection.sock is not None
+    job, file = _open(connection, told)
+    try:
+        _send_whole(connection.sock, told.head)
+    except BaseException:
+        os.close(file)
+        raise
+    connection.sock.recv(len(told.request), socket.MSG_DONTWAIT)
+    connection.serve_next(job, file, head=len(told.head))
+
+
+def _open(connection: Connection, told: Anticipated) -> tuple[Job, int]:
+    """The file, if it is still what the application saw. Raises NotAnticipated."""
+    share, anticipation = connection.guest.machine.share, connection.anticipation
+    assert share is not None and anticipation is not None
+    try:
+        seen = look_at(share, told.path)
+        if (seen.size, seen.mtime_ns) != (told.size, told.mtime_ns) or not (seen.public or anticipation.everything):
+            raise NotAnticipated
+        job = replace(connection.job, path=told.path, inode=seen.inode, offset=told.offset, count=told.count)
+        return job, open_file(share, job)
+    except (HandoffError, OSError):
+        raise NotAnticipated from None
+
+
+def _send_whole(sock: socket.socket, head: bytes) -> None:
+    """There is room: all that was sent before is acknowledged. Raises OSError; NotAnticipated if nothing was sent."""
+    with contextlib.suppress(OSError):
+        sock.recvmsg(1, 512, socket.MSG_ERRQUEUE)  # the notice that said so
+    try:
+        sent = sock.send(head, socket.MSG_MORE | socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    except BlockingIOError:
+        raise NotAnticipated from None
+    if sent < len(head):
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
