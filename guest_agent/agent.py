@@ -171,6 +171,7 @@ class Agent:
             "presence": self._departure.presence.value,
             "backend": self._backend.name,
             "backend_why": self._backend.why,
+            "anticipates": "anticipate" in (self._host.get("features") or ()),
         }
 
     def _threshold(self) -> int:

@@ -18,15 +18,17 @@ import re
 import socket
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from guest_agent.hand_out import Outcome, Transfer
 from guest_agent.handoff import kernel
+from guest_agent.handoff.anticipated import Anticipated, read_anticipated
 from guest_agent.handoff.errors import HandoffError, NotMovable, Reason
 from guest_agent.handoff.presence import HANDING_OUT, Presence
 from guest_agent.look import Looks
 from guest_agent.relays import RING_FIELDS, SINK_FIELDS, Relays, RelayTransfer
-from guest_agent.share import NO_FILE, SharedFile, locate
+from guest_agent.share import NO_FILE, SharedFile, beneath_share, locate
 from guest_agent.transfers import Transfers
 
 log = logging.getLogger("streamlift.agent")
@@ -39,6 +41,7 @@ REPLY_BUFFER = 16 << 20
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 _PRIORITIES = ("low", "normal", "high")
 _RELAY_OPERATIONS = ("publish", "add_sink", "add_udp", "remove_sink", "relay_status", "close_relay")
+_OTHER_OPERATIONS = ("anticipate", "attend", "let_go_of", "look", *_RELAY_OPERATIONS)
 _ANCILLARY = socket.CMSG_SPACE(2 * array.array("i").itemsize)
 
 
@@ -194,6 +197,22 @@ class Applications:
         else:
             answer(errno.EAGAIN)
 
+    def _anticipate(self, client: _Client, request: dict[str, Any], fds: list[int]) -> None:
+        """What the client of a transfer may ask next, and how it is to be answered; paths as this guest sees them."""
+        token = _token(request["token"])
+        if token not in client.transfers:
+            return
+        told: tuple[Anticipated, ...] = ()
+        try:
+            told = tuple(self._on_share(one) for one in read_anticipated(request["anticipated"]))
+        except HandoffError as error:
+            log.warning("process %d anticipates nothing that can be used: %s", client.pid, error)
+        self._transfers.anticipate(token, told, everything=client.root)
+
+    def _on_share(self, told: Anticipated) -> Anticipated:
+        """The same, with the path as the host knows it. Raises NotMovable."""
+        return replace(told, path=beneath_share(told.path, self._shares()))
+
     # Called by _Client.
 
     def request(self, client: _Client, data: bytes, fds: list[int]) -> None:
@@ -219,10 +238,10 @@ class Applications:
             self._transfers.begin(client.adopt(self._transfer(client, request, fds)))
         elif operation == "reclaim":
             self._transfers.reclaim(client.adopt(self._reclaimed(client, request, fds)), age=_seconds(request["age"]))
-        elif operation in ("attend", "let_go_of", "look") or operation in _RELAY_OPERATIONS:
+        elif operation in _OTHER_OPERATIONS:
             getattr(self, f"_{operation}")(client, request, fds)
         else:
-            known = ("sendfile", "reclaim", "status", "attend", "let_go_of", "look", *_RELAY_OPERATIONS)
+            known = ("sendfile", "reclaim", "status", *_OTHER_OPERATIONS)
             raise ValueError(f"op {operation!r} is none of {', '.join(known)}")
 
     # Relays. `offload_wire.py` has the words.
@@ -326,6 +345,7 @@ class Applications:
             priority=request.get("priority", "normal"),
             reply=lambda outcome: client.answer(number, outcome, transfer.token),
             waits=request.get("on_move") == "wait",
+            to_be_told=request.get("anticipates") is True and file is not NO_FILE,
             carried=lambda: client.carried(number, transfer),
             sent_before=_number(request.get("sent", 0), 0),
         )
@@ -380,6 +400,7 @@ class _Client:
                 "errno": outcome.errno or None,
                 "cursor": outcome.cursor,
                 "rest": outcome.rest,
+                "answered": outcome.answered,
                 "away": self._door.away,
             }
         )

@@ -24,11 +24,11 @@ CARRY_LIMIT = 5.0
 
 
 def can_be_carried(transfer: Transfer) -> bool:
-    """Whether there is something left to send, for somebody who waits, and all that was sent is in the kernel."""
+    """Whether there is something left of the file to send, for somebody who waits, and all that was sent is in the kernel."""
     outcome, snapshot = transfer.outcome, transfer.snapshot
     called_home = outcome.outcome == "local" and outcome.reason is Reason.DRAINING and outcome.sent < transfer.count
     complete = snapshot is not None and not snapshot.unsent and not transfer.closed
-    return transfer.waits and called_home and complete and not transfer.application_gone
+    return transfer.waits and called_home and complete and not outcome.answered and not transfer.application_gone
 
 
 def pack(transfer: Transfer) -> None:
@@ -37,7 +37,7 @@ def pack(transfer: Transfer) -> None:
     sent = transfer.outcome.sent
     transfer.offset, transfer.count = transfer.offset + sent, transfer.count - sent
     transfer.sent_before, transfer.outcome.sent = transfer.sent_before + sent, 0
-    transfer.token, transfer.standing_by = os.urandom(16).hex(), False
+    transfer.token, transfer.standing_by, transfer.to_be_told = os.urandom(16).hex(), False, False
 
 
 def hand_on(transfer: Transfer, send: Send) -> None:

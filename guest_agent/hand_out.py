@@ -30,7 +30,7 @@ Send = Callable[[Header, bytes], None]
 class Outcome:
     """What the application is told: `outcome` is "offloaded", "local" or "failed"; `sent` in bytes; `cursor`: of a relay's sink,
     the position where it would have gone on, of its source where that stands; `rest`: what has come of the next entry, in
-    hexadecimal digits."""
+    hexadecimal digits; `answered`: numbers of the anticipated requests that the host answered: `sent` is of the last of them."""
 
     outcome: str
     sent: int = 0
@@ -39,13 +39,14 @@ class Outcome:
     errno: int = 0
     cursor: int | None = None
     rest: str = ""
+    answered: tuple[int, ...] = ()
 
 
 @dataclass
 class Transfer:
     """One file on its way to one client, and the socket that it goes through. `waits`: for the next host, if the VM moves;
     `carried` tells whoever waits that it does, and by which token. `sent_before`: bytes that earlier hosts have sent, before it
-    came home and was carried."""
+    came home and was carried. `to_be_told`: its application is about to say what its client may ask next."""
 
     token: str
     sock: socket.socket
@@ -64,6 +65,7 @@ class Transfer:
     held: list[bytes] = field(default_factory=list)
     outcome: Outcome = field(default_factory=lambda: Outcome("offloaded"))
     sent_before: int = 0
+    to_be_told: bool = False
     application_gone: bool = False
     closed: bool = False
     timer: asyncio.TimerHandle | None = None

@@ -16,9 +16,10 @@ import errno
 import os
 from collections.abc import Callable
 
+from guest_agent.handoff.errors import NotMovable
 from guest_agent.handoff.recent import Recent
 from guest_agent.handoff.wire import Header
-from guest_agent.share import SharedFile
+from guest_agent.share import SharedFile, beneath_share
 
 Answer = Callable[..., None]
 """Of `answer(errno)`, or `answer(0, descriptor)`; the descriptor is closed afterwards."""
@@ -39,11 +40,11 @@ class Looks:
         """`everything`: the asker may read all files. Raises ValueError for what is no path."""
         if type(path) is not str:
             raise ValueError("path is no text")
-        share = next((share for share in shares if path.startswith(share.rstrip("/") + "/")), None)
-        if share is None:
+        try:
+            token, relative = os.urandom(16).hex(), beneath_share(path, shares)
+        except NotMovable:
             answer(errno.EXDEV)
             return
-        token, relative = os.urandom(16).hex(), path[len(share.rstrip("/")) + 1 :]
         self._asked[token] = relative, everything, answer
         try:
             self._send({"type": "look", "token": token, "path": relative}, b"")

@@ -4,6 +4,7 @@
     from guest_agent import offload
     transfer = offload.sendfile(sock, file)                     # blocking sockets, any thread
     transfer = await offload.sendfile_async(writer, file)       # asyncio: non-blocking socket, transport, StreamWriter
+    transfer = await offload.sendfile_async(writer, file, anticipate=next_segments)     # and what the client asks then
     file = await offload.open("/srv/share/film/1.m4s")          # also while the VM moves and has no share: offload_open.py
     relay = await offload.publish(source)                       # one source, many clients: offload_relay.py
     ring = offload.Ring(path, size=16 << 20)                    # a source in the share that is written over: ring.py
@@ -21,31 +22,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno as errnos
+import logging
 import os
 import socket
 import stat
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 from guest_agent import local, offload_asyncio
+from guest_agent.handoff.anticipated import Anticipated
 from guest_agent.held_files import HeldFile, held, size_of
 from guest_agent.offload_blocking import BlockingAgent
 from guest_agent.offload_move import Notice
 from guest_agent.offload_open import File, descriptor
 from guest_agent.offload_open import open_file as open
 from guest_agent.offload_relay import publish
-from guest_agent.offload_wire import Reply, agent_path, here, unsuitable
+from guest_agent.offload_wire import Reply, agent_path, here, lost, unsuitable
 from guest_agent.ring import Ring
+
+log = logging.getLogger("streamlift.offload")
 
 __all__ = [
     "ON_MOVE",
     "PRIORITIES",
+    "Anticipated",
     "File",
     "Ring",
     "Transfer",
+    "anticipate_nothing",
     "attend",
     "close",
     "hold",
@@ -62,17 +69,20 @@ ON_MOVE = ("wait", "local")
 _HOST_ALONE = frozenset({"draining", "host_away", "host_lost"})
 """Reasons of a refusal that say nothing of the file: the next host is asked."""
 
+Anticipate = Callable[[], Sequence[Anticipated]]
 Target = socket.socket | asyncio.WriteTransport | asyncio.StreamWriter
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What became of a call: bytes sent (fewer than asked only if the file ended), by whom, and why not by the host."""
+    """What became of a call: bytes sent (fewer than asked only if the file ended), by whom, and why not by the host. `answered`:
+    what else the client asked for and got, all of it."""
 
     sent: int
     path: str
     reason: str | None
     message: str
+    answered: tuple[Anticipated, ...] = ()
 
 
 def sendfile(
@@ -121,19 +131,43 @@ async def sendfile_async(
     *,
     priority: str = "normal",
     on_move: str = "wait",
+    anticipate: Anticipate | None = None,
 ) -> Transfer:
     """The same for asyncio. A transport or StreamWriter first sends what was written to it; its reading is paused
     during the transfer. If the call is cancelled the host may send on: close the connection, as after any cancelled
-    send. Its reading resumes when the socket is back."""
+    send. Its reading resumes when the socket is back.
+
+    `anticipate()` is called when the host is asked, and says what the client may ask next, in this order, and how that is to be
+    answered; some may be left out. Whoever has read more from the client than the request that this file answers says nothing. The
+    host does so without asking anybody here; the call returns when the client asks for anything else, or nothing for as long as the
+    host waits (15 s)."""
     count_ = _bytes_to_send(file, offset, count, priority, on_move)
+    foresight = _Foresight(anticipate) if anticipate is not None else None
     if isinstance(target, socket.socket):
         if target.gettimeout() != 0:
             raise ValueError("the socket must be non-blocking")
-        return await _send_async(_OfSocket(target, file, priority, on_move), offset, count_)
+        return await _send_async(_OfSocket(target, file, priority, on_move, foresight), offset, count_)
     transport = target.transport if isinstance(target, asyncio.StreamWriter) else target
     if transport.is_closing():
         raise ConnectionResetError(errnos.ECONNRESET, "the transport is closing")
-    return await _send_async(_OfTransport(transport, file, priority, on_move), offset, count_)
+    return await _send_async(_OfTransport(transport, file, priority, on_move, foresight), offset, count_)
+
+
+@dataclass
+class _Foresight:
+    """What the application anticipates, and what it has said of it."""
+
+    ask: Anticipate
+    told: tuple[Anticipated, ...] = ()
+
+    def __call__(self) -> tuple[Anticipated, ...]:
+        """The transfer is under way: the application's mistake must not end it."""
+        try:
+            self.told = tuple(self.ask())
+        except Exception:
+            log.exception("what the client may ask next is not known")
+            self.told = ()
+        return self.told
 
 
 @dataclass
@@ -144,12 +178,15 @@ class _OfSocket:
     file: IO[bytes]
     priority: str
     on_move: str
+    foresight: _Foresight | None
 
     def unsuitable(self, count: int) -> str | None:
         return _unsuitable(self.sock, count)
 
     async def ask(self, link: offload_asyncio.Link, file: int, offset: int, count: int) -> Reply:
-        return await link.request(self.sock, file, offset, count, self.priority, on_move=self.on_move)
+        return await link.request(
+            self.sock, file, offset, count, self.priority, on_move=self.on_move, anticipate=self.foresight
+        )
 
     async def send(self, offset: int, count: int) -> int:
         return await local.send_on_socket(self.sock, self.file, offset, count)
@@ -163,6 +200,7 @@ class _OfTransport:
     file: IO[bytes]
     priority: str
     on_move: str
+    foresight: _Foresight | None
 
     def unsuitable(self, count: int) -> str | None:
         if self.transport.get_extra_info("sslcontext") is not None:
@@ -173,13 +211,18 @@ class _OfTransport:
         await local.drain(self.transport)
         resume = local.pause_reading(self.transport)
         sock = self.transport.get_extra_info("socket")
-        return await link.request(sock, file, offset, count, self.priority, on_move=self.on_move, when_over=resume)
+        return await link.request(
+            sock, file, offset, count, self.priority, on_move=self.on_move, anticipate=self.foresight, when_over=resume
+        )
 
     async def send(self, offset: int, count: int) -> int:
         return await local.send_on_transport(self.transport, self.file, offset, count)
 
 
-async def _send_async(way: _OfSocket | _OfTransport, offset: int, count: int) -> Transfer:
+_Way = _OfSocket | _OfTransport
+
+
+async def _send_async(way: _Way, offset: int, count: int) -> Transfer:
     """By the host as far as it goes, from here as far as that goes, and whenever the share leaves, from where that was."""
     link, done, refused = offload_asyncio.link(), _Done(), False
     with _held(way.file, way.on_move) as hold:
@@ -189,7 +232,10 @@ async def _send_async(way: _OfSocket | _OfTransport, offset: int, count: int) ->
             reason = way.unsuitable(left)
             if reason is None and (hold is None or not hold.away):
                 reason = await link.refusal(file, left)
-            reply = done.heard(here(reason) if reason else await way.ask(link, file, start, left))
+            reply = here(reason) if reason else await way.ask(link, file, start, left)
+            if reply.answered:
+                return await _answered(way, reply, count)
+            done.heard(reply)
             if reply.outcome != "local":
                 return _conclude(reply, done)
             if hold is not None:
@@ -203,6 +249,33 @@ async def _send_async(way: _OfSocket | _OfTransport, offset: int, count: int) ->
             done.here += await way.send(offset + done.sent, count - done.sent) if count > done.sent else 0
             if done.sent == count or hold is None or hold.absences == absences:
                 return _sent_here(reply, done)
+
+
+async def _answered(way: _Way, reply: Reply, count: int) -> Transfer:
+    """The host has sent all of the file, and more after it; the last of that may have come home in part."""
+    told = way.foresight.told if way.foresight is not None else ()
+    if reply.answered[-1] >= len(told):
+        raise lost(f"it answered number {reply.answered[-1]} of {len(told)}")
+    answered = tuple(told[one] for one in reply.answered)
+    if reply.outcome == "failed":
+        return _conclude(reply, _Done(there=reply.sent))
+    with _counting:
+        _counters["offloaded"] += 1 + len(answered)
+        _counters["bytes_offloaded"] += count + sum(one.count for one in answered[:-1]) + reply.sent
+    if reply.sent < answered[-1].count:
+        await _send_rest(way, answered[-1], reply.sent)
+    return Transfer(count, "offloaded", None, "", answered)
+
+
+async def _send_rest(way: _Way, answer: Anticipated, sent: int) -> None:
+    """Of an answer. Raises OSError if the file is not what it was."""
+    with await open(answer.path) as file:
+        facts = os.fstat(file.fileno())
+        if (facts.st_size, facts.st_mtime_ns) != (answer.size, answer.mtime_ns):
+            raise OSError(errnos.ESTALE, f"{answer.path} was changed while it was sent. The connection must be closed")
+        rest = await _send_async(replace(way, file=file, foresight=None), answer.offset + sent, answer.count - sent)
+    if rest.sent < answer.count - sent:
+        raise OSError(errnos.EIO, f"{answer.path} ended early. The connection must be closed")
 
 
 @dataclass
@@ -248,6 +321,12 @@ def attend(on_leave: Notice | None = None, on_return: Notice | None = None) -> N
 async def present() -> None:
     """Wait until files on the share can be opened; mostly no wait at all."""
     await offload_asyncio.link().attendance.present()
+
+
+def anticipate_nothing() -> None:
+    """Of a server that stops: those connections of this event loop whose clients were expected to ask for more come home as soon as
+    they have what they asked for."""
+    offload_asyncio.link().anticipate_nothing()
 
 
 def hold(fd: int) -> contextlib.AbstractContextManager[HeldFile]:

@@ -10,10 +10,11 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from guest_agent.handoff.anticipated import Anticipated
 from guest_agent.offload_move import Attendance
 from guest_agent.offload_wire import (
     CROWDED,
@@ -29,6 +30,7 @@ from guest_agent.offload_wire import (
     Reply,
     connect,
     decode,
+    encode_anticipate,
     encode_attend,
     encode_let_go_of,
     encode_look,
@@ -51,7 +53,7 @@ class _Pending:
     `when_over` runs once, also if nobody waits any more. `on_note` hears what the agent says meanwhile. `sent`: bytes that are
     delivered beside what the host of `token` sends, which was asked at `begun`."""
 
-    __slots__ = ("asked", "begun", "fds", "future", "message", "on_note", "sent", "sock", "token", "when_over")
+    __slots__ = ("anticipates", "asked", "begun", "fds", "future", "message", "on_note", "sent", "sock", "token", "when_over")
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class _Pending:
     ) -> None:
         self.on_note = on_note
         self.token, self.sock, self.message, self.fds = token, sock, message, fds
-        self.future, self.when_over, self.asked = future, when_over, False
+        self.future, self.when_over, self.asked, self.anticipates = future, when_over, False, False
         self.begun, self.sent = time.monotonic(), 0
 
     def carry(self, token: str, sent: int) -> None:
@@ -123,13 +125,33 @@ class Link:
         priority: str,
         *,
         on_move: str = "local",
+        anticipate: Callable[[], Sequence[Anticipated]] | None = None,
         when_over: Callable[[], None] | None = None,
     ) -> Reply:
-        """Ask the agent. A cancelled caller leaves the request under way: its reply is still consumed."""
+        """Ask the agent; `anticipate` is asked when the file is on its way. A cancelled caller leaves the request under way: its
+        reply is still consumed."""
         number, token = next_number(), new_token()
-        message = encode_sendfile(number, token, offset, count, priority, on_move=on_move)
-        fds = (sock.fileno(), file_fd)
-        return await self.begin(number, token, message, sock=sock, fds=fds, when_over=when_over)
+        anticipates = anticipate is not None and self._hello is not None and self._hello.anticipates
+        message = encode_sendfile(number, token, offset, count, priority, on_move=on_move, anticipates=anticipates)
+        reply = self.begin(number, token, message, sock=sock, fds=(sock.fileno(), file_fd), when_over=when_over)
+        if anticipates and anticipate is not None:
+            self._then(number, lambda: encode_anticipate(next_number(), token, anticipate()))
+        return await reply
+
+    def anticipate_nothing(self) -> None:
+        """What is out comes home as soon as it is delivered."""
+        for pending in self._pending.values():
+            if pending.anticipates:
+                self.tell(encode_anticipate(next_number(), pending.token, ()))
+
+    def _then(self, number: int, encode: Callable[[], bytes]) -> None:
+        """Tell it as soon as request `number` is with the agent, unless that is over before."""
+        pending = self._pending.get(number)
+        if pending is not None and pending.asked:
+            pending.anticipates = True
+            self.tell(encode())
+        elif pending is not None:
+            self.loop.call_later(RECLAIM_PAUSE, self._then, number, encode)
 
     def begin(
         self,

@@ -4,9 +4,10 @@
     agent -> application  {"v":1,"hello":{"threshold":65536,"shares":["/srv/share"],...}} or {"v":1,"error":"..."}
     application -> agent  {"v":1,"op":"sendfile","id":7,"token":"<32 hex>","offset":0,"count":N,"priority":"normal"}
                           with [socket, file]; {"v":1,"op":"reclaim","id":8,"token":"..."} with [socket];
-                          {"v":1,"op":"status","id":9}
+                          {"v":1,"op":"status","id":9}; after a sendfile with "anticipates":true, always
+                          {"v":1,"op":"anticipate","id":8,"token":"...","anticipated":[...]} (`handoff/anticipated.py`)
     agent -> application  {"v":1,"id":7,"outcome":"offloaded"|"local"|"failed","sent":N,"reason":...,"message":"...",
-                          "errno":...,"cursor":...,"away":...} or {"v":1,"id":9,"status":{...}}
+                          "errno":...,"cursor":...,"answered":[...],"away":...} or {"v":1,"id":9,"status":{...}}
 
 Of the VM that leaves its host and comes back: {"v":1,"op":"attend","id":8}; the rest is in `offload_move.py`, and of files
 that are asked for meanwhile in `look.py`.
@@ -32,10 +33,12 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count as counting
 from typing import Any, TypeVar
+
+from guest_agent.handoff.anticipated import MAX_ANTICIPATED, Anticipated, write_anticipated
 
 AGENT = "/run/streamlift/agent.sock"
 MAX_MESSAGE = 1 << 16
@@ -76,7 +79,7 @@ class Refused(Exception):
 class Reply:
     """How a request ended; `sent` bytes were delivered by the host. `cursor`: of a relay's sink, the position where it would have
     gone on, of its source where that stands; `rest`: what has come of the next entry, in hexadecimal digits; `away`: the VM is
-    leaving its host."""
+    leaving its host; `answered`: numbers of the anticipated requests that the host answered: `sent` is of the last of them."""
 
     outcome: str
     sent: int
@@ -86,6 +89,7 @@ class Reply:
     cursor: int | None = None
     away: bool = False
     rest: str = ""
+    answered: tuple[int, ...] = ()
 
 
 def here(reason: str) -> Reply:
@@ -95,11 +99,13 @@ def here(reason: str) -> Reply:
 
 @dataclass(frozen=True)
 class Hello:
-    """What the agent takes: at least `threshold` bytes, of files whose path begins with one of `prefixes`."""
+    """What the agent takes: at least `threshold` bytes, of files whose path begins with one of `prefixes`; `anticipates`: the
+    host answers what clients ask next, too."""
 
     threshold: int
     prefixes: tuple[str, ...]
     at: float
+    anticipates: bool = False
 
     def refusal(self, file_fd: int, count: int) -> str | None:
         """Why this file is ours to send; one readlink at most."""
@@ -125,12 +131,23 @@ def unsuitable(sock: Any) -> str | None:
 # Requests.
 
 
-def encode_sendfile(number: int, token: str, offset: int, count: int, priority: str, *, on_move: str = "local") -> bytes:
+def encode_sendfile(
+    number: int, token: str, offset: int, count: int, priority: str, *, on_move: str = "local", anticipates: bool = False
+) -> bytes:
     """Formatted by hand: a fifth of what json.dumps takes, and nothing here needs escaping."""
+    more = ',"anticipates":true' if anticipates else ""
     return (
         f'{{"v":1,"op":"sendfile","id":{number},"token":"{token}",'
-        f'"offset":{offset},"count":{count},"priority":"{priority}","on_move":"{on_move}"}}'
+        f'"offset":{offset},"count":{count},"priority":"{priority}","on_move":"{on_move}"{more}}}'
     ).encode()
+
+
+def encode_anticipate(number: int, token: str, anticipated: Sequence[Anticipated]) -> bytes:
+    """What the client of that transfer may ask next, as much of it as one message takes; goes alone."""
+    told = [json.dumps(one) for one in write_anticipated(anticipated[:MAX_ANTICIPATED])]
+    while sum(map(len, told)) > MAX_MESSAGE // 2:
+        told.pop()
+    return f'{{"v":1,"op":"anticipate","id":{number},"token":"{token}","anticipated":[{",".join(told)}]}}'.encode()
 
 
 def encode_reclaim(number: int, token: str, begun: float, *, sent: int = 0) -> bytes:
@@ -199,7 +216,7 @@ def read_greeting(message: Message) -> Hello:
 def read_hello(told: Message) -> Hello:
     """From a hello or from a status, which says the same things."""
     prefixes = tuple(share.rstrip("/") + "/" for share in told["shares"])
-    return Hello(int(told["threshold"]), prefixes, time.monotonic())
+    return Hello(int(told["threshold"]), prefixes, time.monotonic(), told.get("anticipates") is True)
 
 
 def read_reply(message: Message) -> Reply:
@@ -209,7 +226,7 @@ def read_reply(message: Message) -> Reply:
         raise ValueError(f"outcome {outcome!r}, sent {sent!r}")
     reason, words = message.get("reason"), message.get("message") or ""
     more = {name: message[name] for name in ("errno", "cursor", "away", "rest") if name in message}
-    return Reply(outcome, sent, reason, words, **more)
+    return Reply(outcome, sent, reason, words, answered=tuple(message.get("answered") or ()), **more)
 
 
 # The connection.

@@ -41,9 +41,16 @@ def locate(file_fd: int, shares: tuple[str, ...]) -> SharedFile:
     if not stat.S_ISREG(status.st_mode):
         raise NotMovable(Reason.NOT_A_REGULAR_FILE, "only regular files can be served by the host")
     path = os.readlink(f"/proc/self/fd/{file_fd}")
+    if path.endswith(" (deleted)"):
+        raise NotMovable(Reason.NOT_ON_SHARE, f"{path} is not on a share of the host any more")
+    return SharedFile(beneath_share(path, shares), _host_inode(status), status.st_size)
+
+
+def beneath_share(path: str, shares: tuple[str, ...]) -> str:
+    """A path as the host knows it. Raises NotMovable(NOT_ON_SHARE)."""
     for share in shares:
-        if path.startswith(share.rstrip("/") + "/") and not path.endswith(" (deleted)"):
-            return SharedFile(path[len(share.rstrip("/")) + 1 :], _host_inode(status), status.st_size)
+        if path.startswith(share.rstrip("/") + "/"):
+            return path[len(share.rstrip("/")) + 1 :]
     raise NotMovable(Reason.NOT_ON_SHARE, f"{path} is not on a share of the host ({', '.join(shares) or 'none mounted'})")
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from guest_agent import carry, hand_out, take_back
 from guest_agent.hand_out import Outcome, Send, Transfer
 from guest_agent.handoff import kernel
+from guest_agent.handoff.anticipated import Anticipated, write_anticipated
 from guest_agent.handoff.backend import Backend
 from guest_agent.handoff.errors import GuestError, HandoffError, NotMovable, Reason
 from guest_agent.handoff.freeze import is_frozen
@@ -123,6 +125,19 @@ class Transfers:
         if token in self._by_token and self._is_up():
             self._send({"type": "recall", "token": token}, b"")
 
+    def anticipate(self, token: str, anticipated: Sequence[Anticipated], *, everything: bool) -> None:
+        """Its application says what the client may ask next, or later: nothing more. The host hears it before our place-holder
+        stands by: then it may send the connection home."""
+        transfer = self._by_token.get(token)
+        if transfer is None:
+            return
+        if self._is_up() and (anticipated or not transfer.to_be_told):
+            told = json.dumps(write_anticipated(anticipated)).encode()
+            self._send({"type": "anticipate", "token": token, "everything": everything}, told)
+        first, transfer.to_be_told = transfer.to_be_told, False
+        if first and transfer.state is Guest.OUT:
+            self._to_stand_by.add(transfer)
+
     def application_gone(self, transfer: Transfer) -> None:
         """The process died or closed: the connection ends as the kernel would end it, at its present owner."""
         transfer.application_gone = True
@@ -195,7 +210,8 @@ class Transfers:
         transfer.move(Guest.OUT)
         if transfer.timer is not None:
             transfer.timer.cancel()
-        self._to_stand_by.add(transfer)
+        if not transfer.to_be_told:
+            self._to_stand_by.add(transfer)
         transfer.taken()
         self.collect_held()
         self._send_held(transfer)
@@ -411,7 +427,7 @@ class Transfers:
         if outcome.outcome != "offloaded":
             self.counters[f"{outcome.outcome}_{outcome.reason.value if outcome.reason else 'unknown'}"] += 1
         transfer.sock.close()
-        outcome.sent += transfer.sent_before
+        outcome.sent += 0 if outcome.answered else transfer.sent_before
         if not transfer.application_gone:
             transfer.reply(outcome)
 
@@ -463,11 +479,12 @@ def _returned(header: dict[str, Any]) -> Outcome:
     sent, word, message = _sent(header), header.get("reason"), str(header.get("message", ""))
     cursor = header.get("cursor")
     cursor = cursor if type(cursor) is int and cursor >= 0 else None
+    answered = tuple(one for one in header.get("answered") or () if type(one) is int and one >= 0)
     if word is None:
-        return Outcome("offloaded", sent, cursor=cursor)
+        return Outcome("offloaded", sent, cursor=cursor, answered=answered)
     reason = _reason(header)
     if reason is Reason.FILE_SHORT:
-        return Outcome("offloaded", sent, reason, message)
+        return Outcome("offloaded", sent, reason, message, answered=answered)
     if reason is Reason.READ_ERROR:
         return Outcome("failed", sent, reason, message, int(header.get("errno") or errno.EIO))
-    return Outcome("local", sent, reason, message, cursor=cursor)
+    return Outcome("local", sent, reason, message, cursor=cursor, answered=answered)

@@ -46,6 +46,7 @@ class ProtocolAgent:
 
     def __init__(self, path: str, *, shares: list[str], threshold: int = 65536, behaviour: Behaviour = deliver) -> None:
         self.path, self.shares, self.threshold, self.behaviour = path, shares, threshold, behaviour
+        self.anticipates = False
         self.greeting: Message | None = None
         self.requests: list[Message] = []
         self.connections = 0
@@ -104,7 +105,8 @@ class ProtocolAgent:
 
     def hello(self) -> Message:
         """What a status says too."""
-        return {"agent_version": "0", "threshold": self.threshold, "shares": self.shares, "host": "up"}
+        told = {"agent_version": "0", "threshold": self.threshold, "shares": self.shares, "host": "up"}
+        return {**told, "anticipates": self.anticipates}
 
     def _serve(self, connection: socket.socket) -> None:
         try:
@@ -131,6 +133,8 @@ class ProtocolAgent:
                 self._look(connection, request)
                 return True
             self.requests.append(request)
+            if request["op"] == "anticipate":
+                return True
             if request["op"] == "status":
                 answer: Message | None = {"v": 1, "status": self.hello()}
             else:

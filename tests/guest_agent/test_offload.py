@@ -496,6 +496,107 @@ def test_closed_before_the_call(agent: ProtocolAgent, pair: Pair, blob: IO[bytes
     asyncio.run(scenario())
 
 
+# What the client asks next.
+
+
+def ahead(share: Path) -> list[offload.Anticipated]:
+    """Twice the same file; the second time without its first byte."""
+    facts = os.stat(share / "blob")
+    return [
+        offload.Anticipated(b"%d" % first, b"head", str(share / "blob"), first, len(BLOB) - first, len(BLOB), facts.st_mtime_ns)
+        for first in (0, 1)
+    ]
+
+
+def send_ahead(pair: Pair, blob: IO[bytes], anticipate: Callable[[], list[offload.Anticipated]]) -> Transfer:
+    pair[0].setblocking(False)
+    return asyncio.run(_within(offload.sendfile_async(pair[0], blob, anticipate=anticipate)))
+
+
+def test_what_was_answered(agent: ProtocolAgent, share: Path, pair: Pair, blob: IO[bytes]) -> None:
+    agent.anticipates = True
+    agent.behaviour = lambda *_: {**reply("offloaded", len(BLOB) - 1), "answered": [1]}
+    transfer = send_ahead(pair, blob, lambda: ahead(share))
+    assert (transfer.sent, transfer.path, transfer.answered) == (len(BLOB), "offloaded", (ahead(share)[1],))
+    request, then = agent.requests
+    assert request["anticipates"] is True and then["token"] == request["token"]
+    assert [one["request"] for one in then["anticipated"]] == ["0", "1"]
+
+
+def test_an_answer_that_came_home_in_part(agent: ProtocolAgent, share: Path, pair: Pair, blob: IO[bytes]) -> None:
+    """Its rest is asked for like any other file's, and sent from here if need be."""
+    replies = [
+        {**reply("local", 1000, reason="handed_back_by_operator"), "answered": [0, 1]},
+        reply("local", 500, reason="handed_back_by_operator"),
+    ]
+    agent.anticipates = True
+    agent.behaviour = lambda *_: replies.pop(0)
+    transfer = send_ahead(pair, blob, lambda: ahead(share))
+    assert (transfer.sent, transfer.answered) == (len(BLOB), tuple(ahead(share)))
+    assert pair[1].wait(len(BLOB) - 1501) == BLOB[1501:]
+    rest = agent.requests[-1]
+    assert (rest["op"], rest["offset"], rest["count"]) == ("sendfile", 1001, len(BLOB) - 1001)
+    assert "anticipates" not in rest
+
+
+def test_an_answer_whose_file_was_changed(agent: ProtocolAgent, share: Path, pair: Pair, blob: IO[bytes]) -> None:
+    agent.anticipates = True
+    told = ahead(share)
+
+    def behave(request: Message, fds: list[int]) -> Message:
+        os.utime(share / "blob", (1, 1))
+        return {**reply("local", 1000, reason="draining"), "answered": [0]}
+
+    agent.behaviour = behave
+    with pytest.raises(OSError, match="was changed while it was sent") as caught:
+        send_ahead(pair, blob, lambda: told)
+    assert caught.value.errno == errno.ESTALE
+
+
+def test_an_agent_that_answers_what_was_not_anticipated(agent: ProtocolAgent, share: Path, pair: Pair, blob: IO[bytes]) -> None:
+    agent.anticipates = True
+    agent.behaviour = lambda *_: {**reply("offloaded", 1), "answered": [2]}
+    with pytest.raises(ConnectionResetError, match="number 2 of 2"):
+        send_ahead(pair, blob, lambda: ahead(share))
+
+
+def test_a_host_that_does_not_anticipate(agent: ProtocolAgent, share: Path, pair: Pair, blob: IO[bytes]) -> None:
+    """Nobody is asked what he anticipates."""
+    assert send_ahead(pair, blob, lambda: pytest.fail("asked")).path == "offloaded"
+    assert [request["op"] for request in agent.requests] == ["sendfile"]
+
+
+def test_an_application_that_fails_to_anticipate(agent: ProtocolAgent, pair: Pair, blob: IO[bytes]) -> None:
+    """The file is on its way all the same, and the agent hears that there is nothing."""
+    agent.anticipates = True
+    assert send_ahead(pair, blob, lambda: [][0]).path == "offloaded"
+    assert agent.requests[-1]["anticipated"] == []
+
+
+def test_a_server_that_stops(agent: ProtocolAgent, share: Path, pair: Pair, blob: IO[bytes]) -> None:
+    """It says so of what is out."""
+    agent.anticipates = True
+    stopped = threading.Event()
+
+    def behave(request: Message, fds: list[int]) -> Message:
+        stopped.wait(5)
+        return reply("offloaded", len(BLOB))
+
+    async def run() -> Transfer:
+        pair[0].setblocking(False)
+        sending = asyncio.create_task(offload.sendfile_async(pair[0], blob, anticipate=lambda: ahead(share)))
+        while not agent.requests:
+            await asyncio.sleep(0.001)
+        offload.anticipate_nothing()
+        stopped.set()
+        return await _within(sending)
+
+    agent.behaviour = behave
+    assert asyncio.run(run()).answered == ()
+    told = [request for request in agent.requests if request["op"] == "anticipate"]
+    assert [len(one["anticipated"]) for one in told] in ([2, 0], [2])
+
+
 def test_the_status_without_an_agent() -> None:
     told = offload.status()
     assert told["agent"] is None
