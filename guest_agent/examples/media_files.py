@@ -6,10 +6,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from dataclasses import dataclass
 from email.utils import formatdate
 
 from guest_agent import offload
+from guest_agent.handoff.recent import Recent
 
 CONTENT_TYPES = {
     ".mpd": "application/dash+xml",
@@ -34,23 +36,40 @@ CONTENT_TYPES = {
 
 
 @dataclass(frozen=True)
-class MediaFile:
-    """An open file. `modified` in seconds of the epoch."""
+class Facts:
+    """What HTTP says about a file. `modified` in seconds of the epoch."""
 
-    file: offload.File
     size: int
     modified: int
-    etag: str
+    mtime_ns: int
     content_type: str
 
-    def close(self) -> None:
-        """Until then the share may leave and come back: the file is the same afterwards."""
-        self.file.close()
+    @property
+    def etag(self) -> str:
+        """Another one after each change."""
+        return f'"{self.mtime_ns:x}-{self.size:x}"'
 
     @property
     def last_modified(self) -> str:
         """As HTTP writes dates."""
         return formatdate(self.modified, usegmt=True)
+
+
+@dataclass(frozen=True)
+class MediaFile:
+    """An open file."""
+
+    file: offload.File
+    facts: Facts
+
+    def close(self) -> None:
+        """Until then the share may leave and come back: the file is the same afterwards."""
+        self.file.close()
+
+
+_FACTS_LIMIT = 10.0
+"""Seconds for which facts are believed: whoever acts on them looks again."""
+_KNOWN = 4096
 
 
 class Root:
@@ -60,21 +79,47 @@ class Root:
         self._path = os.path.realpath(path, strict=True)
         if not os.path.isdir(self._path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        self._known: Recent[bytes, tuple[float, Facts]] = Recent(_KNOWN)
 
     async def open(self, path: bytes) -> MediaFile:
         """Open a file by its path beneath the root. Raises OSError, FileNotFoundError also for what is outside."""
         if not path or b"\0" in path or b".." in path.split(b"/") or path.startswith(b"/"):
             raise FileNotFoundError(path)
-        file = await offload.open(os.path.join(self._path, os.fsdecode(path)), beneath=self._path)
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
+        file = await offload.open(self.locate(path), beneath=self._path)
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             file.close()
             raise FileNotFoundError(path)
-        extension = os.path.splitext(path)[1].decode("latin-1").lower()
-        return MediaFile(
-            file=file,
-            size=facts.st_size,
-            modified=int(facts.st_mtime),
-            etag=f'"{facts.st_mtime_ns:x}-{facts.st_size:x}"',
-            content_type=CONTENT_TYPES.get(extension, "application/octet-stream"),
-        )
+        return MediaFile(file, _facts(path, status))
+
+    def locate(self, path: bytes) -> str:
+        """Its path in the file system."""
+        return os.path.join(self._path, os.fsdecode(path))
+
+    def facts(self, path: bytes) -> Facts | None:
+        """Of a file that need not be there; as it was a short time ago, perhaps."""
+        now = time.monotonic()
+        until, known = self._known.get(path, (0.0, None))
+        if now <= until:
+            return known
+        facts = self._look(path)
+        if facts is not None:
+            self._known[path] = now + _FACTS_LIMIT, facts
+        return facts
+
+    def _look(self, path: bytes) -> Facts | None:
+        try:
+            status = os.lstat(self.locate(path))
+        except OSError:
+            return None
+        return _facts(path, status) if stat.S_ISREG(status.st_mode) else None
+
+
+def _facts(path: bytes, status: os.stat_result) -> Facts:
+    extension = os.path.splitext(path)[1].decode("latin-1").lower()
+    return Facts(
+        size=status.st_size,
+        modified=int(status.st_mtime),
+        mtime_ns=status.st_mtime_ns,
+        content_type=CONTENT_TYPES.get(extension, "application/octet-stream"),
+    )

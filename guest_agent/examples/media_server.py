@@ -3,8 +3,9 @@
 
     python3 -m guest_agent.examples.media_server --root /srv/share --port 8080
 
-The way of a request: bytes arrive in Connection.data_received -> `serve` parses a head -> Answer decides status, headers
-and ranges -> the head is written, and the body goes out by `offload.sendfile_async`. Nothing here knows how.
+The way of a request: bytes arrive in Connection.data_received -> `serve` parses a head -> Answer (`media_answer.py`) decides
+status, headers and ranges -> the head is written, and the body goes out by `offload.sendfile_async`. Nothing here knows how. What a
+client that goes through its segments asks next is anticipated (`next_segments.py`), and need not come here at all.
 `GET /.streamlift` tells what became of the bodies. `--no-offload` is the same server with the event loop's own sendfile."""
 
 from __future__ import annotations
@@ -13,31 +14,19 @@ import argparse
 import asyncio
 import errno
 import hashlib
-import json
-import os
 import signal
 import socket
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from email.utils import formatdate
-from http import HTTPStatus
 from typing import IO
 
 from guest_agent import offload
-from guest_agent.examples.http_request import (
-    HttpError,
-    Request,
-    find_head,
-    not_modified,
-    parse_chunk_size,
-    parse_head,
-    parse_ranges,
-    range_applies,
-)
+from guest_agent.examples.http_request import HttpError, Request, find_head, parse_chunk_size, parse_head
+from guest_agent.examples.media_answer import Answer, answer_file, json_answer, refusal
 from guest_agent.examples.media_files import MediaFile, Root
+from guest_agent.examples.next_segments import NextSegments
 
 HIGH_WATER = 1 << 18
 """Bytes received but not yet consumed, above which the client has to wait."""
@@ -47,17 +36,20 @@ IDLE_LIMIT = 75.0
 SHUTDOWN_LIMIT = 30.0
 BACKLOG = 1024
 
-Send = Callable[[asyncio.WriteTransport, IO[bytes], int, int], Awaitable[offload.Transfer]]
+Anticipate = Callable[[], list[offload.Anticipated]]
+Send = Callable[[asyncio.WriteTransport, IO[bytes], int, int, Anticipate | None], Awaitable[offload.Transfer]]
 
 
 async def send_offloaded(
-    transport: asyncio.WriteTransport, file: IO[bytes], offset: int, count: int
+    transport: asyncio.WriteTransport, file: IO[bytes], offset: int, count: int, anticipate: Anticipate | None
 ) -> offload.Transfer:
     """With us."""
-    return await offload.sendfile_async(transport, file, offset, count)
+    return await offload.sendfile_async(transport, file, offset, count, anticipate=anticipate)
 
 
-async def send_plain(transport: asyncio.WriteTransport, file: IO[bytes], offset: int, count: int) -> offload.Transfer:
+async def send_plain(
+    transport: asyncio.WriteTransport, file: IO[bytes], offset: int, count: int, anticipate: Anticipate | None
+) -> offload.Transfer:
     """Without us: the baseline of the benchmarks."""
     sent = 0
     with offload.hold(file.fileno()) as held:
@@ -85,10 +77,11 @@ class Counts:
     local: Counter[str] = field(default_factory=Counter)
 
     def add(self, transfer: offload.Transfer) -> None:
-        """One body was sent."""
-        self.bytes += transfer.sent
+        """One body was sent, and what the host answered after it."""
+        self.requests += len(transfer.answered)
+        self.bytes += transfer.sent + sum(one.count for one in transfer.answered)
         if transfer.path == "offloaded":
-            self.offloaded += 1
+            self.offloaded += 1 + len(transfer.answered)
         else:
             self.local[transfer.reason or "unknown"] += 1
 
@@ -112,6 +105,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, service: Service) -> None:
         self._service = service
         self._received = bytearray()
+        self._next = NextSegments(service.root)
         self._eof = False
         self._waiting: asyncio.Future[None] | None = None
         self._crowded: asyncio.Future[None] | None = None
@@ -198,7 +192,9 @@ class Connection(asyncio.Protocol):
         del self._received[:size]
         while head.startswith(b"\r\n") and len(head) > 4:  # RFC 9112, 2.2: tolerate empty lines before
             head = head[2:]
-        return parse_head(head)
+        request = parse_head(head)
+        self._next.heard(head, request)
+        return request
 
     async def _read(self, count: int) -> AsyncIterator[bytes]:
         """`count` bytes of body, in pieces."""
@@ -268,7 +264,7 @@ class Connection(asyncio.Protocol):
                 return False
             answer = await _answer(self, self._service, request)
         except HttpError as error:
-            answer, request = _refusal(error), None
+            answer, request = refusal(error), None
         keep_alive = answer.keep_alive and not self._service.stopping
         self._service.counts.requests += 1
         try:
@@ -292,19 +288,27 @@ class Connection(asyncio.Protocol):
         for prefix, offset, count in answer.parts:
             if prefix:
                 self.transport.write(prefix)
-            await self._send_file(answer.media, offset, count)
+            await self._send_file(answer.media, offset, count, self._ahead if keep_alive and self._next.is_likely else None)
         if answer.epilogue:
             self.transport.write(answer.epilogue)
         if not self.transport.is_closing():
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
 
-    async def _send_file(self, media: MediaFile, offset: int, count: int) -> None:
+    def _ahead(self) -> list[offload.Anticipated]:
+        """What has come here already is answered here, and before anything else."""
+        return [] if self._received else self._next.anticipate()
+
+    async def _send_file(self, media: MediaFile, offset: int, count: int, anticipate: Anticipate | None) -> None:
         try:
-            transfer = await self._service.send(self.transport, media.file, offset, count)
+            transfer = await self._service.send(self.transport, media.file, offset, count, anticipate)
         except OSError:
             self._service.counts.failed += 1
             raise
         self._service.counts.add(transfer)
+        if transfer.answered:
+            self._next.answered(transfer.answered[-1])
+            if self._service.log:
+                print(f"{self._peer()} {len(transfer.answered)} more requests were answered by the host", file=sys.stderr)
         if transfer.sent != count:
             raise ConnectionAbortedError("the file became shorter than the Content-Length that was promised")
 
@@ -313,57 +317,12 @@ class Connection(asyncio.Protocol):
         return f"{peer[0]}:{peer[1]}" if peer else "?"
 
 
-@dataclass
-class Answer:
-    """A response: a small body, or parts of a file as (bytes before it, offset, count) with an epilogue."""
-
-    status: int
-    headers: tuple[tuple[str, str], ...] = ()
-    body: bytes = b""
-    media: MediaFile | None = None
-    parts: tuple[tuple[bytes, int, int], ...] = ()
-    epilogue: bytes = b""
-    keep_alive: bool = True
-
-    @property
-    def length(self) -> int:
-        """Of the whole body, in bytes."""
-        return len(self.body) + sum(len(prefix) + count for prefix, _, count in self.parts) + len(self.epilogue)
-
-    def head(self, *, keep_alive: bool) -> bytes:
-        """Status line and headers."""
-        lines = [f"HTTP/1.1 {self.status} {_PHRASES[self.status]}", f"Date: {_date()}", "Server: streamlift-example"]
-        lines += [f"{name}: {value}" for name, value in self.headers]
-        if self.status != 304:
-            lines.append(f"Content-Length: {self.length}")
-        lines.append("Connection: keep-alive" if keep_alive else "Connection: close")
-        return "\r\n".join([*lines, "", ""]).encode("latin-1")
-
-    def close(self) -> None:
-        """Close the file."""
-        if self.media is not None:
-            self.media.close()
-
-
-_PHRASES = {status.value: status.phrase for status in HTTPStatus}
-_now = (0, "")
-
-
-def _date() -> str:
-    """The Date header, formatted once a second."""
-    global _now
-    second = int(time.time())
-    if _now[0] != second:
-        _now = second, formatdate(second, usegmt=True)
-    return _now[1]
-
-
 async def _answer(connection: Connection, service: Service, request: Request) -> Answer:
     """What to say to one request. Raises HttpError."""
     if request.method in ("POST", "PUT"):
         size, digest = await connection.read_body(request)
         service.counts.uploads += 1
-        answer = _json({"bytes": size, "sha256": digest})
+        answer = json_answer({"bytes": size, "sha256": digest})
     elif request.method in ("GET", "HEAD"):
         if request.length != 0:
             await connection.read_body(request)
@@ -374,33 +333,23 @@ async def _answer(connection: Connection, service: Service, request: Request) ->
     return answer
 
 
-def _json(value: object) -> Answer:
-    body = json.dumps(value).encode() + b"\n"
-    return Answer(200, (("Content-Type", "application/json"), ("Cache-Control", "no-store")), body)
-
-
-def _refusal(error: HttpError) -> Answer:
-    headers: tuple[tuple[str, str], ...] = (("Content-Type", "text/plain; charset=utf-8"),)
-    if error.status == 405:
-        headers += (("Allow", "GET, HEAD, POST, PUT"),)
-    return Answer(error.status, headers, f"{error}\n".encode(), keep_alive=error.keep_alive)
-
-
 async def _get(service: Service, request: Request) -> Answer:
     path = request.path
     if path == b".streamlift":
-        return _json(_report(service))
+        return json_answer(_report(service))
     try:
         media = await service.root.open(path)
     except PermissionError:
-        return _refusal(HttpError(403, "no permission", keep_alive=True))
+        return refusal(HttpError(403, "no permission", keep_alive=True))
     except OSError:
-        return _refusal(HttpError(404, "no such file", keep_alive=True))
+        return refusal(HttpError(404, "no such file", keep_alive=True))
     try:
-        return _get_media(request, media)
+        answer = answer_file(request, media.facts)
     except BaseException:
         media.close()
         raise
+    answer.media = media
+    return answer
 
 
 def _report(service: Service) -> dict[str, object]:
@@ -415,46 +364,6 @@ def _report(service: Service) -> dict[str, object]:
         "connections": counts.connections,
         "open_connections": len(service.connections),
     }
-
-
-def _get_media(request: Request, media: MediaFile) -> Answer:
-    validators = (("ETag", media.etag), ("Last-Modified", media.last_modified))
-    if not_modified(request, media.etag, media.modified):
-        return Answer(304, validators, media=media)
-    common = (*validators, ("Accept-Ranges", "bytes"))
-    ranges = _ranges(request, media)
-    if ranges is None:
-        whole = ((b"", 0, media.size),)
-        return Answer(200, (*common, ("Content-Type", media.content_type)), media=media, parts=whole)
-    if not ranges:
-        return Answer(416, (*common, ("Content-Range", f"bytes */{media.size}")), media=media)
-    if len(ranges) > 1:
-        return _multipart(media, common, ranges)
-    offset, count = ranges[0]
-    described = (("Content-Type", media.content_type), ("Content-Range", _content_range(media, offset, count)))
-    return Answer(206, (*common, *described), media=media, parts=((b"", offset, count),))
-
-
-def _ranges(request: Request, media: MediaFile) -> list[tuple[int, int]] | None:
-    header = request.headers.get("range")
-    if header is None or request.method != "GET" or not range_applies(request, media.etag, media.modified):
-        return None
-    return parse_ranges(header, media.size)
-
-
-def _content_range(media: MediaFile, offset: int, count: int) -> str:
-    return f"bytes {offset}-{offset + count - 1}/{media.size}"
-
-
-def _multipart(media: MediaFile, common: tuple[tuple[str, str], ...], ranges: list[tuple[int, int]]) -> Answer:
-    """RFC 9110, 14.6. The boundary is random so that no file can contain it."""
-    boundary = os.urandom(16).hex()
-    parts = []
-    for offset, count in ranges:
-        described = f"Content-Type: {media.content_type}\r\nContent-Range: {_content_range(media, offset, count)}"
-        parts.append((f"\r\n--{boundary}\r\n{described}\r\n\r\n".encode("latin-1"), offset, count))
-    headers = (*common, ("Content-Type", f"multipart/byteranges; boundary={boundary}"))
-    return Answer(206, headers, media=media, parts=tuple(parts), epilogue=f"\r\n--{boundary}--\r\n".encode())
 
 
 # Starting and stopping.
@@ -490,6 +399,7 @@ async def run(listener: socket.socket, service: Service, stop: asyncio.Event) ->
 
 
 async def _finish(service: Service) -> None:
+    offload.anticipate_nothing()
     for connection in list(service.connections):
         if connection.idle:
             connection.transport.close()
