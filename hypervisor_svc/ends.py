@@ -136,7 +136,8 @@ class Ends:
         self._forget(connection)
         self.over[connection.token] = self._hand_back.release(connection)
         connection.guest.counters["handed_back"] += 1
-        self._durations.add("whole", self._loop.time() - connection.started)
+        if connection.anticipation is None:  # of others it is the client's time
+            self._durations.add("whole", self._loop.time() - connection.started)
 
     # To the next host.
 
@@ -194,6 +195,8 @@ class Ends:
                 return False
         self.tell_failed(connection, errno.ECONNABORTED, Reason.KEPT, "the host that the VM left sends the rest and closes")
         connection.kept = True
+        if connection.anticipation is not None:
+            connection.anticipation.end()  # what its client asks next nobody wants to know here
         connection.guest.counters["kept"] += 1
         connection.guest.connections.pop(connection.token, None)
         self._kept.add(connection)
