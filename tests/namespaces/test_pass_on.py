@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 from hypervisor_svc.control import ControlError
 from tests.namespaces.deployment import wait_for
 from tests.namespaces.test_carry import agent_counters
-from tests.namespaces.test_move import download, is_complete, is_here, out
+from tests.namespaces.test_move import download, encoder, is_complete, is_here, listeners, out
 from tests.namespaces.two_hosts import GUEST, SIZE, TwoHosts
 
 pytestmark = pytest.mark.root
@@ -40,6 +41,15 @@ def arrive(hosts: TwoHosts, rows: list[dict[str, Any]], *, meet: bool = True) ->
     hosts.move()
     if meet:
         hosts.host.call("meet", seconds=15)
+
+
+def restart_agent(hosts: TwoHosts) -> None:
+    """Its next life has met the host."""
+    log = hosts.host.service.log
+    hellos = log.read_text().count("answers")
+    hosts.agent.kill()
+    hosts.agent.start()
+    wait_for(lambda: log.read_text().count("answers") > hellos, "its next life has met the host")
 
 
 def test_the_guest_is_not_asked(hosts: TwoHosts) -> None:
@@ -81,6 +91,28 @@ def test_the_vm_stays_after_all(hosts: TwoHosts) -> None:
     assert agent_counters(hosts)["handed_out"] == 1
 
 
+def test_a_live_stream_that_begins_meanwhile(hosts: TwoHosts) -> None:
+    """It is no file: the host that is left refuses it, and the guest relays it itself until it works with the next. Only an agent
+    that was restarted asks, and does not know that its VM leaves."""
+    curl = download(hosts)
+    rows = leave(hosts, 1)
+    restart_agent(hosts)
+    with encoder(hosts, "/radio", "audio/mpeg") as source:
+        wait_for(lambda: hosts.host.machine()["refused"].get("draining"), "it is refused")
+        readers = listeners(hosts, "/radio", 2)
+        body = os.urandom(100_000)
+        source.sendall(body[:50_000])
+        wait_for(lambda: all(bytes(reader.data) == body[:50_000] for reader in readers), "its listeners hear it")
+        arrive(hosts, rows)
+        source.sendall(body[50_000:])
+        source.shutdown(socket.SHUT_WR)
+        for reader in readers:
+            reader.join(20)
+    assert all(bytes(reader.data) == body for reader in readers)
+    assert is_complete(hosts, curl)
+    assert "Traceback" not in hosts.hosts["a"].service.log.read_text()
+
+
 def test_the_next_host_cannot_be_told(hosts: TwoHosts) -> None:
     """They come home after all, and are carried."""
     curl = download(hosts)
@@ -117,11 +149,7 @@ def test_the_agent_is_killed_meanwhile(hosts: TwoHosts) -> None:
     """The application asks the next one, which asks the next host."""
     curl = download(hosts)
     rows = leave(hosts, 1)
-    assert hosts.agent.popen is not None
-    os.kill(hosts.agent.popen.pid, signal.SIGKILL)
-    hosts.agent.popen.wait()
-    hosts.agent.start()
-    wait_for(lambda: hosts.host.machine()["channel"] == "hello", "its next life has met the host")
+    restart_agent(hosts)
     arrive(hosts, rows)
     assert is_complete(hosts, curl)
 
