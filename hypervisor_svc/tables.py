@@ -145,10 +145,13 @@ def show_connections(connections: Sequence[dict[str, Any]]) -> None:
 def connection_table(connections: Sequence[dict[str, Any]]) -> Table:
     """The same as one thing that can be drawn again and again."""
     rows = (
-        (c["machine"], c["client"], c["server"], c["state"], c["file"], f"{size(c['sent'])} of {size(c['count'])}", c["token"])
+        (
+            *(c["machine"], c["client"], c["server"], c["state"], c["file"]),
+            *(f"{size(c['sent'])} of {size(c['count'])}", c["answered"], c["token"]),
+        )
         for c in connections
     )
-    return table(("VM", "client", "server", "state", "file", "sent", "token"), rows)
+    return table(("VM", "client", "server", "state", "file", "sent", "answered", "token"), rows)
 
 
 def show_relays(relays: Sequence[dict[str, Any]], *, clear: bool = False) -> None:

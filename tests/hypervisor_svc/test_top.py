@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def connection(number: int) -> dict[str, Any]:
     facts = {"machine": "tv1", "client": f"192.0.2.1:{number}", "server": "10.78.0.2:80", "state": "serving", "file": "f"}
-    return {**facts, "sent": 1, "count": number, "token": f"{number:032x}"}
+    return {**facts, "sent": 1, "count": number, "answered": 0, "token": f"{number:032x}"}
 
 
 def answers(command: str) -> dict[str, Any]:
