@@ -140,7 +140,7 @@ async def sendfile_async(
     `anticipate()` is called when the host is asked, and says what the client may ask next, in this order, and how that is to be
     answered; some may be left out. Whoever has read more from the client than the request that this file answers says nothing. The
     host does so without asking anybody here; the call returns when the client asks for anything else, or nothing for as long as the
-    host waits (15 s)."""
+    host waits (30 s)."""
     count_ = _bytes_to_send(file, offset, count, priority, on_move)
     foresight = _Foresight(anticipate) if anticipate is not None else None
     if isinstance(target, socket.socket):

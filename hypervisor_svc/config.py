@@ -76,7 +76,7 @@ class Serve(_Section):
     quantum_bytes: int = Field(default=524288, ge=4096, description="Bytes per connection and turn.")
     orphan_timeout_seconds: float = Field(default=10.0, ge=0.1, le=600, description="How long a connection waits for a lost agent.")
     next_request_seconds: float = Field(
-        default=15.0, ge=0, le=600, description="How long a connection waits for a request that is anticipated; 0: not at all."
+        default=30.0, ge=0, le=600, description="How long a connection waits for a request that is anticipated; 0: not at all."
     )
 
 
