@@ -207,7 +207,8 @@ class Applications:
             told = tuple(self._on_share(one) for one in read_anticipated(request["anticipated"]))
         except HandoffError as error:
             log.warning("process %d anticipates nothing that can be used: %s", client.pid, error)
-        self._transfers.anticipate(token, told, everything=client.root)
+        first, more = _number(request["first"], 0), request["more"] is True
+        self._transfers.anticipate(token, told, first=first, more=more, everything=client.root)
 
     def _on_share(self, told: Anticipated) -> Anticipated:
         """The same, with the path as the host knows it. Raises NotMovable."""

@@ -28,8 +28,8 @@ import socket
 import stat
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from guest_agent import local, offload_asyncio
@@ -69,7 +69,7 @@ ON_MOVE = ("wait", "local")
 _HOST_ALONE = frozenset({"draining", "host_away", "host_lost"})
 """Reasons of a refusal that say nothing of the file: the next host is asked."""
 
-Anticipate = Callable[[], Sequence[Anticipated]]
+Anticipate = Callable[[], Iterable[Anticipated]]
 Target = socket.socket | asyncio.WriteTransport | asyncio.StreamWriter
 
 
@@ -137,10 +137,10 @@ async def sendfile_async(
     during the transfer. If the call is cancelled the host may send on: close the connection, as after any cancelled
     send. Its reading resumes when the socket is back.
 
-    `anticipate()` is called when the host is asked, and says what the client may ask next, in this order, and how that is to be
-    answered; some may be left out. Whoever has read more from the client than the request that this file answers says nothing. The
-    host does so without asking anybody here; the call returns when the client asks for anything else, or nothing for as long as the
-    host waits (30 s)."""
+    `anticipate()` is called when the host is asked, and says (or yields, while the file is sent) what the client may ask next, in
+    this order, and how that is to be answered; some may be left out. The host does so without asking anybody here; the call returns
+    when the client asks for anything else, or nothing for as long as the host waits (30 s). Whoever has read more from the client
+    than the request that this file answers says nothing."""
     count_ = _bytes_to_send(file, offset, count, priority, on_move)
     foresight = _Foresight(anticipate) if anticipate is not None else None
     if isinstance(target, socket.socket):
@@ -158,16 +158,17 @@ class _Foresight:
     """What the application anticipates, and what it has said of it."""
 
     ask: Anticipate
-    told: tuple[Anticipated, ...] = ()
+    told: list[Anticipated] = field(default_factory=list)
 
-    def __call__(self) -> tuple[Anticipated, ...]:
+    def __call__(self) -> Iterator[Anticipated]:
         """The transfer is under way: the application's mistake must not end it."""
+        told = self.told = []
         try:
-            self.told = tuple(self.ask())
+            for one in self.ask():
+                told.append(one)
+                yield one
         except Exception:
             log.exception("what the client may ask next is not known")
-            self.told = ()
-        return self.told
 
 
 @dataclass
@@ -253,7 +254,7 @@ async def _send_async(way: _Way, offset: int, count: int) -> Transfer:
 
 async def _answered(way: _Way, reply: Reply, count: int) -> Transfer:
     """The host has sent all of the file, and more after it; the last of that may have come home in part."""
-    told = way.foresight.told if way.foresight is not None else ()
+    told = way.foresight.told if way.foresight is not None else []
     if reply.answered[-1] >= len(told):
         raise lost(f"it answered number {reply.answered[-1]} of {len(told)}")
     answered = tuple(told[one] for one in reply.answered)

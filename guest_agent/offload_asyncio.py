@@ -10,11 +10,12 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
-from guest_agent.handoff.anticipated import Anticipated
+from guest_agent.handoff.anticipated import MAX_ANTICIPATED, Anticipated
 from guest_agent.offload_move import Attendance
 from guest_agent.offload_wire import (
     CROWDED,
@@ -125,7 +126,7 @@ class Link:
         priority: str,
         *,
         on_move: str = "local",
-        anticipate: Callable[[], Sequence[Anticipated]] | None = None,
+        anticipate: Callable[[], Iterator[Anticipated]] | None = None,
         when_over: Callable[[], None] | None = None,
     ) -> Reply:
         """Ask the agent; `anticipate` is asked when the file is on its way. A cancelled caller leaves the request under way: its
@@ -135,23 +136,33 @@ class Link:
         message = encode_sendfile(number, token, offset, count, priority, on_move=on_move, anticipates=anticipates)
         reply = self.begin(number, token, message, sock=sock, fds=(sock.fileno(), file_fd), when_over=when_over)
         if anticipates and anticipate is not None:
-            self._then(number, lambda: encode_anticipate(next_number(), token, anticipate()))
+            self._foresee(number, islice(anticipate(), MAX_ANTICIPATED))
         return await reply
 
     def anticipate_nothing(self) -> None:
         """What is out comes home as soon as it is delivered."""
         for pending in self._pending.values():
             if pending.anticipates:
-                self.tell(encode_anticipate(next_number(), pending.token, ()))
+                self.tell(encode_anticipate(pending.token, 0, ()))
 
-    def _then(self, number: int, encode: Callable[[], bytes]) -> None:
-        """Tell it as soon as request `number` is with the agent, unless that is over before."""
+    def _foresee(self, number: int, ahead: Iterator[Anticipated], first: int = 0) -> None:
+        """Tell what may come after request `number`, as soon as that is with the agent, unless it is over before. In growing parts:
+        the client may ask for the first at once, and others want to be served meanwhile."""
         pending = self._pending.get(number)
-        if pending is not None and pending.asked:
-            pending.anticipates = True
-            self.tell(encode())
-        elif pending is not None:
-            self.loop.call_later(RECLAIM_PAUSE, self._then, number, encode)
+        if pending is None:
+            return
+        if not pending.asked:
+            self.loop.call_later(RECLAIM_PAUSE, self._foresee, number, ahead, first)
+            return
+        pending.anticipates = True
+        part = tuple(islice(ahead, 2 * first + 1))
+        more = len(part) == 2 * first + 1
+        message = encode_anticipate(pending.token, first, part, more=more)
+        if len(message) > MAX_MESSAGE:
+            more, message = False, encode_anticipate(pending.token, first, ())
+        self.tell(message)
+        if more:
+            self.loop.call_soon(self._foresee, number, ahead, first + len(part))
 
     def begin(
         self,

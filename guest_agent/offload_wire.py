@@ -5,7 +5,8 @@
     application -> agent  {"v":1,"op":"sendfile","id":7,"token":"<32 hex>","offset":0,"count":N,"priority":"normal"}
                           with [socket, file]; {"v":1,"op":"reclaim","id":8,"token":"..."} with [socket];
                           {"v":1,"op":"status","id":9}; after a sendfile with "anticipates":true, always
-                          {"v":1,"op":"anticipate","id":8,"token":"...","anticipated":[...]} (`handoff/anticipated.py`)
+                          {"v":1,"op":"anticipate","id":8,"token":"...","first":0,"more":true,"anticipated":[...]}, and more
+                          of them (`handoff/anticipated.py`)
     agent -> application  {"v":1,"id":7,"outcome":"offloaded"|"local"|"failed","sent":N,"reason":...,"message":"...",
                           "errno":...,"cursor":...,"answered":[...],"away":...} or {"v":1,"id":9,"status":{...}}
 
@@ -38,7 +39,7 @@ from dataclasses import dataclass
 from itertools import count as counting
 from typing import Any, TypeVar
 
-from guest_agent.handoff.anticipated import MAX_ANTICIPATED, Anticipated, write_anticipated
+from guest_agent.handoff.anticipated import Anticipated, write_anticipated
 
 AGENT = "/run/streamlift/agent.sock"
 MAX_MESSAGE = 1 << 16
@@ -142,12 +143,10 @@ def encode_sendfile(
     ).encode()
 
 
-def encode_anticipate(number: int, token: str, anticipated: Sequence[Anticipated]) -> bytes:
-    """What the client of that transfer may ask next, as much of it as one message takes; goes alone."""
-    told = [json.dumps(one) for one in write_anticipated(anticipated[:MAX_ANTICIPATED])]
-    while sum(map(len, told)) > MAX_MESSAGE // 2:
-        told.pop()
-    return f'{{"v":1,"op":"anticipate","id":{number},"token":"{token}","anticipated":[{",".join(told)}]}}'.encode()
+def encode_anticipate(token: str, first: int, anticipated: Sequence[Anticipated], *, more: bool = False) -> bytes:
+    """What the client of that transfer may ask next, beginning with number `first`; goes alone."""
+    told = {"token": token, "first": first, "more": more, "anticipated": write_anticipated(anticipated)}
+    return json.dumps({"v": 1, "op": "anticipate", "id": next_number(), **told}).encode()
 
 
 def encode_reclaim(number: int, token: str, begun: float, *, sent: int = 0) -> bytes:

@@ -125,15 +125,18 @@ class Transfers:
         if token in self._by_token and self._is_up():
             self._send({"type": "recall", "token": token}, b"")
 
-    def anticipate(self, token: str, anticipated: Sequence[Anticipated], *, everything: bool) -> None:
-        """Its application says what the client may ask next, or later: nothing more. The host hears it before our place-holder
-        stands by: then it may send the connection home."""
+    def anticipate(
+        self, token: str, anticipated: Sequence[Anticipated], *, first: int, more: bool, everything: bool
+    ) -> None:
+        """Its application says what the client may ask next, from number `first` on, or later: nothing more. The host hears it
+        before our place-holder stands by: then it may send the connection home."""
         transfer = self._by_token.get(token)
         if transfer is None:
             return
         if self._is_up() and (anticipated or not transfer.to_be_told):
             told = json.dumps(write_anticipated(anticipated)).encode()
-            self._send({"type": "anticipate", "token": token, "everything": everything}, told)
+            words = {"type": "anticipate", "token": token, "first": first, "more": more, "everything": everything}
+            self._send(words, told)
         first, transfer.to_be_told = transfer.to_be_told, False
         if first and transfer.state is Guest.OUT:
             self._to_stand_by.add(transfer)

@@ -2,8 +2,8 @@
 """Step 6a, once more: a client that asks for one segment after another is answered here, as the application said that it would be,
 and the connection comes home when it asks for something else, or nothing::
 
-    guest -> host   {"type":"anticipate","token":"...","everything":false}, body: `anticipated.py`; once, and once more with an
-                    empty list: nothing is anticipated any more
+    guest -> host   {"type":"anticipate","token":"...","first":0,"more":true,"everything":false}, body: `anticipated.py`; then
+                    more of them, from number `first` on; none from 0 on: nothing is anticipated any more
     begin()         the client's next bytes are what was anticipated: read them, send the head, serve the file
 
 What is not anticipated stays unread: it is in the receive queue when the connection comes home. `everything`: the application is
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from guest_agent.handoff.anticipated import MAX_REQUEST, Anticipated, find, read_anticipated, write_anticipated
+from guest_agent.handoff.anticipated import MAX_ANTICIPATED, MAX_REQUEST, Anticipated, find, read_anticipated, write_anticipated
 from guest_agent.handoff.errors import GuestError, HandoffError, Reason
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Header
@@ -37,11 +37,12 @@ class NotAnticipated(Exception):
 
 @dataclass
 class Anticipation:
-    """What was told, and the numbers of those that were answered, the last perhaps in part."""
+    """What was told, and the numbers of those that were answered, the last perhaps in part; `more` is about to be told."""
 
     told: tuple[Anticipated, ...]
     everything: bool
     answered: list[int] = field(default_factory=list)
+    more: bool = False
 
     @property
     def first(self) -> int:
@@ -51,11 +52,19 @@ class Anticipation:
     @property
     def expects(self) -> bool:
         """Whether any may."""
-        return self.first < len(self.told)
+        return self.more or self.first < len(self.told)
+
+    def add(self, first: int, told: tuple[Anticipated, ...], *, more: bool) -> None:
+        """From number `first` on. If a part before was lost nothing is added. Raises GuestError."""
+        follows = first == len(self.told)
+        if len(self.told) + len(told) > MAX_ANTICIPATED:
+            raise GuestError(Reason.BAD_REQUEST, f"more than {MAX_ANTICIPATED} requests are anticipated")
+        self.told += told if follows else ()
+        self.more = more and follows
 
     def end(self) -> None:
         """None may."""
-        self.told = self.told[: self.first]
+        self.told, self.more = self.told[: self.first], False
 
 
 def write_anticipation(anticipation: Anticipation | None) -> dict[str, Any] | None:
@@ -80,35 +89,51 @@ def read_anticipation(row: object) -> Anticipation | None:
 
 
 class AnticipateWords:
-    """A guest's message, as `guests.py` dispatches it. `serve`: one that was finished already has something to wait for; `over`: it
-    has not any more."""
+    """A guest's message, as `guests.py` dispatches it. `serve`: one that was finished already has something to wait for; `again`:
+    what it waits for is another."""
 
-    def __init__(self, *, serve: Callable[[Connection], None], over: Callable[[Connection], None]) -> None:
-        self._serve, self._over = serve, over
+    def __init__(self, *, serve: Callable[[Connection], None], again: Callable[[Connection], None]) -> None:
+        self._serve, self._again = serve, again
 
     def on_anticipate(self, guest: Guest, header: Header, body: bytes) -> None:
         """Of a transfer that is here; for any other it comes too late."""
-        told, everything = _read(header, body)
+        first, more, everything = _read(header)
+        told = _read_body(body)
         connection = guest.connections.get(read_token(header))
         if connection is None or connection.state is not Host.SERVING or isinstance(connection.job, RelayJob):
             return
-        if connection.anticipation is not None:
-            if not told:
-                connection.anticipation.end()
-                self._over(connection)
+        if connection.anticipation is None:
+            self._begin(connection, Anticipation(told, everything, more=more))
             return
-        connection.anticipation = Anticipation(told, everything)
+        if first or told:
+            connection.anticipation.add(first, told, more=more)
+        else:
+            connection.anticipation.end()
+        self._again(connection)
+
+    def no_more(self, connection: Connection) -> None:
+        """Its agent has lost the thread: what it was about to say is not said."""
+        if connection.anticipation is not None:
+            connection.anticipation.more = False
+            self._again(connection)
+
+    def _begin(self, connection: Connection, anticipation: Anticipation) -> None:
+        connection.anticipation = anticipation
         if connection.waits_for_guest and connection.reason is None:
             connection.stop_waiting()
             self._serve(connection)
 
 
-def _read(header: Header, body: bytes) -> tuple[tuple[Anticipated, ...], bool]:
-    everything = header.get("everything")
-    if type(everything) is not bool:
-        raise GuestError(Reason.BAD_REQUEST, "anticipate: everything is neither true nor false")
+def _read(header: Header) -> tuple[int, bool, bool]:
+    match header:
+        case {"first": int(first), "more": bool(more), "everything": bool(everything)}:
+            return first, more, everything
+    raise GuestError(Reason.BAD_REQUEST, "anticipate: first is no number, or more or everything neither true nor false")
+
+
+def _read_body(body: bytes) -> tuple[Anticipated, ...]:
     try:
-        return read_anticipated(json.loads(body)), everything
+        return read_anticipated(json.loads(body))
     except (ValueError, RecursionError):
         raise GuestError(Reason.BAD_REQUEST, "anticipate: the body is not JSON") from None
 
@@ -127,6 +152,8 @@ def begin(connection: Connection) -> bool:
     try:
         at = find(anticipation.told, anticipation.first, data)
     except LookupError:
+        if anticipation.more:
+            return False
         raise NotAnticipated from None
     if at is None:
         return False

@@ -116,8 +116,8 @@ class Guests:
             on_gone=self._ends.client_gone,
             on_lagged=self._ends.lagged,
         )
-        anticipate = AnticipateWords(serve=self._server.add, over=self._server.listen_no_more)
-        self._words = (RelayWords(self.relays, go_home=self._ends.finished), LookWords(), anticipate)
+        self._anticipate = AnticipateWords(serve=self._server.add, again=self._server.listen_again)
+        self._words = (RelayWords(self.relays, go_home=self._ends.finished), LookWords(), self._anticipate)
         self._by_uuid: dict[str, Guest] = {}
         self._offered_flows: Recent[str, Flow] = Recent(REMEMBERED)
         self.passing = Passing(
@@ -495,6 +495,7 @@ class Guests:
         if connection is None:
             self._tell_of_another(guest, token, header)
             return
+        self._anticipate.no_more(connection)
         if connection.direct and header.get("frozen") is False:
             self._on_restored(guest, header, body)
             guest.send(self._ends.over[token])

@@ -228,9 +228,11 @@ class Server:
             self._stop_listening(connection)
             self._advance(connection)
 
-    def listen_no_more(self, connection: Connection) -> None:
-        """It goes home, unless it is being answered."""
-        if connection in self._listening:
+    def listen_again(self, connection: Connection) -> None:
+        """What it waits for, if it does, is another now, or nothing."""
+        if connection in self._listening and connection.goes_on:
+            self._listen(connection)
+        elif connection in self._listening:
             self._over(connection)
 
     def _stop_listening(self, connection: Connection) -> None:

@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -36,7 +36,7 @@ IDLE_LIMIT = 75.0
 SHUTDOWN_LIMIT = 30.0
 BACKLOG = 1024
 
-Anticipate = Callable[[], list[offload.Anticipated]]
+Anticipate = Callable[[], Iterable[offload.Anticipated]]
 Send = Callable[[asyncio.WriteTransport, IO[bytes], int, int, Anticipate | None], Awaitable[offload.Transfer]]
 
 
@@ -294,9 +294,9 @@ class Connection(asyncio.Protocol):
         if not self.transport.is_closing():
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
 
-    def _ahead(self) -> list[offload.Anticipated]:
+    def _ahead(self) -> Iterable[offload.Anticipated]:
         """What has come here already is answered here, and before anything else."""
-        return [] if self._received else self._next.anticipate()
+        return () if self._received else self._next.anticipate()
 
     async def _send_file(self, media: MediaFile, offset: int, count: int, anticipate: Anticipate | None) -> None:
         try:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the client of one connection is likely to ask next: DASH and HLS clients that asked for two segments in a row mostly ask for
-the one after. `offload.sendfile_async` is told with the answers, and the host gives them."""
+"""What the client of one connection is likely to ask next: DASH and HLS clients that asked for one segment mostly ask for the one
+after; of those that did not, nothing is anticipated until they do. `offload.sendfile_async` is told with the answers, and the host
+gives them."""
 
 from __future__ import annotations
 
@@ -15,8 +16,6 @@ from guest_agent.examples.media_files import Root
 from guest_agent.handoff.anticipated import MAX_REQUEST
 from guest_agent.offload import Anticipated
 
-AHEAD = 16
-"""Segments: a stay at the host of half a minute or more."""
 _NUMBERED = re.compile(r"(.*?)(\d{1,18})(\D*)")
 _VARIES = frozenset({"if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range"})
 """Headers that say something else in each request, or of each file."""
@@ -32,7 +31,7 @@ class NextSegments:
 
     def heard(self, head: bytes, request: Request) -> None:
         """The client has asked for this."""
-        self._in_order = successor(self._request.target) == request.target
+        self._in_order = not self._head or successor(self._request.target) == request.target
         self._head, self._request = head, request
 
     def answered(self, last: Anticipated) -> None:
@@ -46,18 +45,12 @@ class NextSegments:
         request = self._request
         plain = request.method == "GET" and request.keep_alive and request.length == 0 and len(self._head) < MAX_REQUEST
         whole = request.headers.get("range", "bytes=0-") == "bytes=0-" and request.headers.keys().isdisjoint(_VARIES)
-        return self._in_order and plain and whole
+        return self._in_order and plain and whole and successor(request.target) is not None
 
-    def anticipate(self) -> list[Anticipated]:
+    def anticipate(self) -> Iterator[Anticipated]:
         """The segments that are there."""
-        return list(self._ahead())
-
-    def _ahead(self) -> Iterator[Anticipated]:
         request, rest = self._request, self._head.split(b" ", 2)[2]
-        for _ in range(AHEAD):
-            target = successor(request.target)
-            if target is None:
-                return
+        while (target := successor(request.target)) is not None:
             request = replace(request, target=target)
             facts = self._root.facts(request.path)
             if facts is None or not facts.size:

@@ -10,7 +10,8 @@ import pytest
 
 from guest_agent.examples.http_request import parse_head
 from guest_agent.examples.media_files import Root
-from guest_agent.examples.next_segments import AHEAD, NextSegments, successor
+from guest_agent.examples.next_segments import NextSegments, successor
+from guest_agent.handoff.anticipated import Anticipated
 
 SEGMENTS, SIZE = 40, 1000
 
@@ -56,14 +57,21 @@ def asked(root: Root, *numbers: int, more: str = "", method: str = "GET") -> Nex
     return found
 
 
-def test_after_two_in_a_row(root: Root, tmp_path: Path) -> None:
-    assert not asked(root, 1).is_likely
+def ahead(found: NextSegments) -> list[Anticipated]:
+    """All of it."""
+    return list(found.anticipate())
+
+
+def test_as_long_as_it_goes_in_order(root: Root, tmp_path: Path) -> None:
+    assert not asked(root).is_likely
+    assert asked(root, 1).is_likely
     assert not asked(root, 1, 3).is_likely
+    assert not asked(root, 1, 1).is_likely
+    assert asked(root, 1, 3, 4).is_likely
     found = asked(root, 1, 2)
     assert found.is_likely
-    ahead = found.anticipate()
-    assert [one.path for one in ahead] == [str(tmp_path / "film" / f"{number}.m4s") for number in range(3, 3 + AHEAD)]
-    third = ahead[0]
+    assert [one.path for one in ahead(found)] == [str(tmp_path / "film" / f"{number}.m4s") for number in range(3, SEGMENTS + 1)]
+    third = ahead(found)[0]
     assert third.request == b"GET /film/3.m4s?x HTTP/1.1\r\nHost: me\r\n\r\n"
     assert third.head.startswith(b"HTTP/1.1 200 OK\r\n") and b"\r\nContent-Length: 1003\r\n" in third.head
     facts = os.stat(third.path)
@@ -71,22 +79,22 @@ def test_after_two_in_a_row(root: Root, tmp_path: Path) -> None:
 
 
 def test_to_the_end_of_the_film(root: Root) -> None:
-    assert len(asked(root, 36, 37).anticipate()) == 3
-    assert asked(root, 39, 40).anticipate() == []
+    assert len(ahead(asked(root, 36, 37))) == 3
+    assert ahead(asked(root, 39, 40)) == []
 
 
 def test_it_goes_on_after_what_the_host_answered(root: Root) -> None:
     found = asked(root, 1, 2)
-    found.answered(found.anticipate()[4])
+    found.answered(ahead(found)[4])
     head = b"GET /film/8.m4s?x HTTP/1.1\r\nHost: me\r\n\r\n"
     found.heard(head, parse_head(head))
     assert found.is_likely
-    assert found.anticipate()[0].path.endswith("/9.m4s")
+    assert ahead(found)[0].path.endswith("/9.m4s")
 
 
 def test_a_range_of_everything(root: Root) -> None:
     """As ffmpeg asks."""
-    third = asked(root, 1, 2, more="Range: bytes=0-\r\n").anticipate()[0]
+    third = ahead(asked(root, 1, 2, more="Range: bytes=0-\r\n"))[0]
     assert third.head.startswith(b"HTTP/1.1 206 Partial Content\r\n") and b"\r\nContent-Range: bytes 0-1002/1003\r\n" in third.head
     assert b"\r\nRange: bytes=0-\r\n" in third.request
 
@@ -105,12 +113,12 @@ def test_what_is_no_get(root: Root) -> None:
 def test_a_segment_that_is_not_there_yet(root: Root, tmp_path: Path) -> None:
     """A live stream's next one; nobody remembers that it was missing."""
     found = asked(root, 39, 40)
-    assert found.anticipate() == []
+    assert ahead(found) == []
     (tmp_path / "film" / "41.m4s").write_bytes(b"x")
     (tmp_path / "film" / "42.m4s").write_bytes(b"")  # and this one is being written
-    assert [one.count for one in found.anticipate()] == [1]
+    assert [one.count for one in ahead(found)] == [1]
 
 
 def test_what_leads_elsewhere(root: Root, tmp_path: Path) -> None:
     (tmp_path / "film" / "41.m4s").symlink_to("/etc/passwd")
-    assert asked(root, 39, 40).anticipate() == []
+    assert ahead(asked(root, 39, 40)) == []

@@ -65,7 +65,7 @@ class Scene:
         """The server is done with it, and its request is unread."""
         self.client.send(request)
         assert await self.bench.over(self.connection) == 0
-        assert self.connection.sock is not None and self.connection.sock.recv(1000) == request
+        assert self.connection.sock is not None and self.connection.sock.recv(1000) == (request or ask(2))
         assert self.connection.sent == self.connection.job.count and self.connection.reason is None
 
 
@@ -160,6 +160,31 @@ def test_a_pause_that_is_too_long(film: Path, monkeypatch: pytest.MonkeyPatch) -
     play(film, Anticipation(told(film, 1), everything=False), part)
 
 
+@pytest.mark.parametrize("lost", ["a part", "the agent"])
+def test_a_part_that_does_not_come(film: Path, lost: str) -> None:
+    """A client that asks for what it may have said waits no longer than that is known."""
+
+    async def part(scene: Scene) -> None:
+        connection, server = scene.connection, scene.bench.server
+        words = AnticipateWords(serve=server.add, again=server.listen_again)
+        connection.guest.connections[connection.token] = connection
+        scene.client.send(ask(2))
+        await asyncio.sleep(0.05)
+        assert server.serves(connection)
+        if lost == "a part":
+            header = {"type": "anticipate", "token": connection.token, "first": 3, "more": True, "everything": False}
+            words.on_anticipate(connection.guest, header, _body(told(film, 3)))
+        else:
+            words.no_more(connection)
+        await scene.is_left(b"")
+
+    play(film, Anticipation(told(film, 1), everything=False, more=True), part)
+
+
+def _body(anticipated: tuple[Anticipated, ...]) -> bytes:
+    return json.dumps(write_anticipated(anticipated)).encode()
+
+
 def test_said_when_all_was_sent(film: Path) -> None:
     """The guest's word comes after the file: the host waits for its place-holder, and hears this first."""
 
@@ -167,15 +192,23 @@ def test_said_when_all_was_sent(film: Path) -> None:
         assert await scene.bench.over(scene.connection) == 0
         connection, server = scene.connection, scene.bench.server
         connection.anticipation, connection.waits_for_guest = None, True
-        words = AnticipateWords(serve=server.add, over=server.listen_no_more)
+        words = AnticipateWords(serve=server.add, again=server.listen_again)
         connection.guest.connections[connection.token] = connection
         scene.bench._over[connection] = asyncio.get_running_loop().create_future()
-        header = {"type": "anticipate", "token": connection.token, "everything": False}
-        words.on_anticipate(connection.guest, header, json.dumps(write_anticipated(told(film, 1, 2))).encode())
+        header = {"type": "anticipate", "token": connection.token, "first": 0, "more": True, "everything": False}
+        words.on_anticipate(connection.guest, header, _body(told(film, 1)))
         assert not connection.waits_for_guest
         await scene.fetch(1)
+        scene.client.send(ask(2))
+        await asyncio.sleep(0.05)
+        assert server.serves(connection)  # whether it is anticipated is not known yet
+        words.on_anticipate(connection.guest, {**header, "first": 1}, _body(told(film, 2)))
+        assert await _read(scene.client, len(HEAD) + SIZE) == HEAD + b"\2" * SIZE
+        with pytest.raises(GuestError, match="more than 32"):
+            words.on_anticipate(connection.guest, {**header, "first": 2}, _body(told(film, 3) * 31))
+        words.on_anticipate(connection.guest, {**header, "first": 2}, _body(told(film, 3)))
         assert server.serves(connection)
-        words.on_anticipate(connection.guest, header, b"[]")
+        words.on_anticipate(connection.guest, {**header, "more": False}, b"[]")
         assert await scene.bench.over(connection) == 0
 
     play(film, Anticipation((), everything=False), part)
@@ -183,14 +216,16 @@ def test_said_when_all_was_sent(film: Path) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"{", b"5", b"[{}]", b"[" * 100_000, b"\xff"], ids=lambda body: repr(body[:5]))
 def test_nonsense(film: Path, body: bytes) -> None:
-    words = AnticipateWords(serve=lambda _: None, over=lambda _: None)
+    words = AnticipateWords(serve=lambda _: None, again=lambda _: None)
 
     async def part(scene: Scene) -> None:
-        header = {"type": "anticipate", "token": scene.connection.token, "everything": True}
+        header = {"type": "anticipate", "token": scene.connection.token, "first": 0, "more": False, "everything": True}
         with pytest.raises(GuestError):
             words.on_anticipate(scene.connection.guest, header, body)
         with pytest.raises(GuestError):
             words.on_anticipate(scene.connection.guest, {**header, "everything": 1}, b"[]")
+        with pytest.raises(GuestError):
+            words.on_anticipate(scene.connection.guest, {**header, "first": "0"}, b"[]")
 
     play(film, Anticipation((), everything=False), part)
 

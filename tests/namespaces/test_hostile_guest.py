@@ -386,11 +386,12 @@ def test_bad_anticipations(scene: Scene) -> None:
     one = {"request": "GET", "head": "x", "path": "../secret", "offset": 0, "count": 5, "size": 5, "mtime_ns": 5}
     bodies = (b"", b"[", b"[5]", json.dumps([{**one, "count": -1}]).encode(), json.dumps([one] * 33).encode())
     for body in bodies:
-        hostile.say({"type": "anticipate", "token": live[0]["token"], "everything": True}, body)
-    hostile.say({"type": "anticipate", "token": live[0]["token"], "everything": "?"}, b"[]")
+        hostile.say({"type": "anticipate", "token": live[0]["token"], "first": 0, "more": False, "everything": True}, body)
+    hostile.say({"type": "anticipate", "token": live[0]["token"], "first": 0, "more": False, "everything": "?"}, b"[]")
     expect(deployment, "bad_request", len(bodies) + 1)
     for token in (live[0]["token"], "0" * 32):
-        hostile.say({"type": "anticipate", "token": token, "everything": True}, json.dumps([one]).encode())
+        header = {"type": "anticipate", "token": token, "first": 0, "more": False, "everything": True}
+        hostile.say(header, json.dumps([one]).encode())
 
 
 def test_replies_to_requests_never_made(scene: Scene) -> None:
