@@ -202,12 +202,13 @@ class Applications:
         token = _token(request["token"])
         if token not in client.transfers:
             return
+        first, more = _number(request["first"], 0), request["more"] is True
         told: tuple[Anticipated, ...] = ()
         try:
             told = tuple(self._on_share(one) for one in read_anticipated(request["anticipated"]))
         except HandoffError as error:
             log.warning("process %d anticipates nothing that can be used: %s", client.pid, error)
-        first, more = _number(request["first"], 0), request["more"] is True
+            more = False
         self._transfers.anticipate(token, told, first=first, more=more, everything=client.root)
 
     def _on_share(self, told: Anticipated) -> Anticipated:

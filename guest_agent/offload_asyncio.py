@@ -101,6 +101,7 @@ class Link:
         self._reclaiming: asyncio.Task[None] | None = None
         self._pending: dict[int, _Pending] = {}
         self._unsent: deque[int] = deque()
+        self._untold: deque[bytes] = deque()
         self._looks: dict[int, asyncio.Future[int]] = {}
         self._attending: asyncio.Task[None] | None = None
         self.attendance = Attendance(answer=lambda: self.tell(encode_let_go_of(next_number())))
@@ -182,15 +183,22 @@ class Link:
         return future
 
     def tell(self, message: bytes) -> None:
-        """Send what has no answer. A lost agent has nothing to be told; one that is behind is told later."""
-        if self._connection is None:
-            return
-        try:
-            send_message(self._connection, message)
-        except BlockingIOError:
-            self.loop.call_later(RECLAIM_PAUSE, self.tell, message)
-        except OSError:
-            self._lose()
+        """Send what has no answer. A lost agent has nothing to be told; one that is behind is told later, in this order."""
+        if self._connection is not None:
+            self._untold.append(message)
+            self._tell_all()
+
+    def _tell_all(self) -> None:
+        while self._untold and self._connection is not None:
+            try:
+                send_message(self._connection, self._untold[0])
+            except BlockingIOError:
+                self.loop.add_writer(self._connection, self._writable)
+                return
+            except OSError:
+                self._lose()
+                return
+            self._untold.popleft()
 
     async def look(self, path: str) -> int:
         """A descriptor that stands in for a file of the share that is away (`look.py`): the caller's to close. Raises OSError:
@@ -253,6 +261,7 @@ class Link:
 
     def _disconnect(self) -> None:
         connection, self._connection, self._hello = self._connection, None, None
+        self._untold.clear()
         if connection is not None:
             self.loop.remove_reader(connection)
             self.loop.remove_writer(connection)
@@ -346,10 +355,11 @@ class Link:
         return True
 
     def _writable(self) -> None:
+        self._tell_all()
         while self._unsent and self._try_send(self._unsent[0]):
             if self._unsent:  # losing the connection empties it
                 self._unsent.popleft()
-        if not self._unsent and self._connection is not None:
+        if not self._unsent and not self._untold and self._connection is not None:
             self.loop.remove_writer(self._connection)
 
     def _not_sent(self, number: int, error: OSError) -> None:

@@ -55,12 +55,12 @@ class Anticipation:
         return self.more or self.first < len(self.told)
 
     def add(self, first: int, told: tuple[Anticipated, ...], *, more: bool) -> None:
-        """From number `first` on. If a part before was lost nothing is added. Raises GuestError."""
+        """From number `first` on. If a part before was lost nothing is added, and no more waited for. Raises GuestError."""
         follows = first == len(self.told)
         if len(self.told) + len(told) > MAX_ANTICIPATED:
             raise GuestError(Reason.BAD_REQUEST, f"more than {MAX_ANTICIPATED} requests are anticipated")
         self.told += told if follows else ()
-        self.more = more and follows
+        self.more = self.more and more and follows
 
     def end(self) -> None:
         """None may."""
@@ -103,7 +103,8 @@ class AnticipateWords:
         if connection is None or connection.state is not Host.SERVING or isinstance(connection.job, RelayJob):
             return
         if connection.anticipation is None:
-            self._begin(connection, Anticipation(told, everything, more=more))
+            if first == 0 and told:
+                self._begin(connection, Anticipation(told, everything, more=more))
             return
         if first or told:
             connection.anticipation.add(first, told, more=more)

@@ -524,6 +524,41 @@ def test_what_was_answered(agent: ProtocolAgent, share: Path, pair: Pair, blob: 
     assert parts == [(0, True, ["0"]), (1, False, ["1"])][: len(parts)]
 
 
+def test_an_agent_that_is_behind_hears_all_parts_in_order(
+    agent: ProtocolAgent, share: Path, pair: Pair, blob: IO[bytes]
+) -> None:
+    """More than its queue holds."""
+    agent.anticipates = True
+    gate, entries = threading.Event(), ahead(share) * 16
+
+    def behave(request: Message, fds: list[int]) -> Message:
+        gate.wait(10)
+        return reply("local", reason="draining")
+
+    async def scenario() -> None:
+        link = offload_asyncio.link()
+        assert await link.refusal(blob.fileno(), len(BLOB)) is None
+        asking = [
+            asyncio.ensure_future(link.request(pair[0], blob.fileno(), 0, 100_000, "normal", anticipate=lambda: iter(entries)))
+            for _ in range(100)
+        ]
+        await asyncio.sleep(0.1)
+        assert link._untold
+        gate.set()
+        await asyncio.wait_for(asyncio.gather(*asking), 20)
+        while link._untold:
+            await asyncio.sleep(0.01)
+        offload.close()
+
+    agent.behaviour = behave
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    parts: dict[str, list[int]] = {}
+    for request in agent.requests:
+        if request["op"] == "anticipate":
+            parts.setdefault(request["token"], []).append(request["first"])
+    assert len(parts) == 100 and all(firsts == [0, 1, 4, 13][: len(firsts)] for firsts in parts.values())
+
+
 def test_an_answer_that_came_home_in_part(agent: ProtocolAgent, share: Path, pair: Pair, blob: IO[bytes]) -> None:
     """Its rest is asked for like any other file's, and sent from here if need be."""
     replies = [

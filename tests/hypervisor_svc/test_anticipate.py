@@ -181,6 +181,22 @@ def test_a_part_that_does_not_come(film: Path, lost: str) -> None:
     play(film, Anticipation(told(film, 1), everything=False, more=True), part)
 
 
+def test_parts_in_another_order(film: Path) -> None:
+    """What follows is answered, and no more waited for."""
+
+    async def part(scene: Scene) -> None:
+        connection, server = scene.connection, scene.bench.server
+        words = AnticipateWords(serve=server.add, again=server.listen_again)
+        connection.guest.connections[connection.token] = connection
+        header = {"type": "anticipate", "token": connection.token, "more": True, "everything": False}
+        words.on_anticipate(connection.guest, {**header, "first": 2}, _body(told(film, 3)))
+        words.on_anticipate(connection.guest, {**header, "first": 1}, _body(told(film, 1, 2)))
+        await scene.fetch(2)
+        await scene.is_left(ask(3))
+
+    assert play(film, Anticipation(told(film, 1), everything=False, more=True), part).answered == [2]
+
+
 def _body(anticipated: tuple[Anticipated, ...]) -> bytes:
     return json.dumps(write_anticipated(anticipated)).encode()
 
