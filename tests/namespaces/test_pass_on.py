@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from hypervisor_svc.control import ControlError
 from tests.namespaces.deployment import wait_for
+from tests.namespaces.download import Download
 from tests.namespaces.test_carry import agent_counters
 from tests.namespaces.test_move import download, is_complete, is_here, out
 from tests.namespaces.two_hosts import GUEST, SIZE, TwoHosts
@@ -152,7 +154,7 @@ def test_the_channel_is_cut_meanwhile(hosts: TwoHosts) -> None:
     assert is_complete(hosts, curl)
 
 
-def parked(hosts: TwoHosts) -> subprocess.Popen[bytes]:
+def parked(hosts: TwoHosts) -> Download:
     """Somebody asks for a file between the last word to the next host and the VM's stop."""
     curl = download(hosts)
     wait_for(lambda: "offered" in [one["state"] for one in hosts.host.call("connections")["connections"]], "it is parked")
@@ -252,7 +254,8 @@ def test_what_a_client_says_meanwhile_is_not_lost(hosts: TwoHosts) -> None:
     hosts.other.call("bring", late=late)
     hosts.move()
     hosts.host.call("meet", seconds=15)
-    assert is_complete(hosts, reader)
+    told, _ = reader.communicate(timeout=60)
+    assert told.decode().strip() == hashlib.sha256((hosts.share / f"{SIZE}.bin").read_bytes()).hexdigest()
 
 
 _FITFUL = f"""
