@@ -36,9 +36,9 @@ from tests.performance.schema import Machine, Measured, Part, Suite
 HERE = Path(__file__).resolve().parent
 FULL_SECONDS, QUICK_SECONDS = 40 * 60.0, 5 * 60.0
 WEIGHTS = {
-    "dash": 50,
+    "dash": 45,
     "fanout": 46,
-    "warm": 40,
+    "warm": 45,
     "peers": 24,
     "migrate": 23,
     "overload": 17,
