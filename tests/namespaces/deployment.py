@@ -100,6 +100,7 @@ class Deployment:
     def wait_ready(self) -> None:
         """Until the agent's hello has arrived and the media server answers."""
         wait_for(self._hello, "the agent's hello", START_PATIENCE)
+        wait_for(lambda: b"serving" in self.server.log.read_bytes(), "the media server begins", START_PATIENCE)  # curl costs more
         wait_for(self._answers, "the media server", START_PATIENCE)
 
     def _hello(self) -> bool:

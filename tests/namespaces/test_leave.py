@@ -22,6 +22,7 @@ import pytest
 from hypervisor_svc.control import ControlError
 from tests.client import make_content
 from tests.namespaces.deployment import ROOT, Deployment, deployed, wait_for
+from tests.namespaces.download import Download
 from tests.namespaces.topology import routed
 from tests.transport_stream import stream
 
@@ -85,29 +86,27 @@ class Reader(threading.Thread):
                 self.data += piece
 
 
+def download(deployment: Deployment, size: int = 64_000_000) -> Download:
+    """A client that has asked for the file of that size."""
+    return Download(deployment.network.client, f"http://10.77.1.2/{size}.bin")
+
+
 @contextlib.contextmanager
-def downloads(
-    deployment: Deployment, count: int, *, rate: str = "16M", size: int = 64_000_000
-) -> Iterator[list[subprocess.Popen[bytes]]]:
+def downloads(deployment: Deployment, count: int) -> Iterator[list[Download]]:
     """So many clients in the middle of a file."""
-    url = f"http://10.77.1.2/{size}.bin"
-    curls = [
-        deployment.network.client.popen(["sh", "-c", f"curl -sf --limit-rate {rate} {url} | sha256sum"], stdout=subprocess.PIPE)
-        for _ in range(count)
-    ]
+    curls = [download(deployment) for _ in range(count)]
     try:
         wait_for(lambda: deployment.machine()["connections_out"] == count, "all are out")
         yield curls
     finally:
         for curl in curls:
             curl.kill()
-            curl.wait()
 
 
-def all_complete(deployment: Deployment, curls: list[subprocess.Popen[bytes]], size: int = 64_000_000) -> bool:
+def all_complete(deployment: Deployment, curls: list[Download], size: int = 64_000_000) -> bool:
     """Every byte came to each."""
     digest = hashlib.sha256((deployment.share / f"{size}.bin").read_bytes()).hexdigest()
-    return all(curl.communicate(timeout=60)[0].decode().split()[0] == digest for curl in curls)
+    return all(curl.digest() == digest for curl in curls)
 
 
 def test_transfers_wait_and_go_on_where_they_stopped(deployment: Deployment) -> None:
@@ -129,12 +128,9 @@ def test_transfers_wait_and_go_on_where_they_stopped(deployment: Deployment) -> 
 def test_requests_meanwhile_wait(deployment: Deployment) -> None:
     """The server opens nothing while the share is away; small files and large ones come afterwards."""
     deployment.call("leave", machine="guest")
-    curls = [
-        deployment.network.client.popen(["sh", "-c", f"curl -sf http://10.77.1.2/{size}.bin | sha256sum"], stdout=subprocess.PIPE)
-        for size in (1000, 1_400_000)
-    ]
+    curls = [download(deployment, size) for size in (1000, 1_400_000)]
     time.sleep(0.3)
-    assert all(curl.poll() is None for curl in curls)
+    assert not any(curl.over for curl in curls)
     deployment.call("return", machine="guest")
     for curl, size in zip(curls, (1000, 1_400_000), strict=True):
         assert all_complete(deployment, [curl], size)
@@ -144,7 +140,7 @@ def test_somebody_keeps_the_share_busy(deployment: Deployment) -> None:
     """The operator is told who; the guest works with its host all the time after, and leaves when nobody does."""
     words = f"import time; file = open('{deployment.folder}/mnt/1000.bin'); print('open', flush=True); time.sleep(60)"
     holder = deployment.network.guest.popen([*inside(deployment), sys.executable, "-c", words], stdout=subprocess.PIPE)
-    with holder, downloads(deployment, 2, rate="9M") as curls:
+    with holder, downloads(deployment, 2) as curls:
         try:
             assert holder.stdout is not None and holder.stdout.readline() == b"open\n"
             with pytest.raises(ControlError, match=f"python.*{holder.pid}.*1000.bin") as raised:
@@ -177,7 +173,7 @@ def test_called_back_while_it_leaves(deployment: Deployment) -> None:
             assert "called back" in refusals[0]
         finally:
             holder.kill()
-    with downloads(deployment, 1, rate="40M") as curls:
+    with downloads(deployment, 1) as curls:
         assert all_complete(deployment, curls)
 
 

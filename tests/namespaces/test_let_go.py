@@ -15,7 +15,8 @@ import pytest
 
 from tests.client import make_content
 from tests.namespaces.deployment import ROOT, Deployment, deployed, wait_for
-from tests.namespaces.test_leave import all_complete, downloads, inside, mounted_now
+from tests.namespaces.download import Download
+from tests.namespaces.test_leave import all_complete, download, downloads, inside, mounted_now
 from tests.namespaces.topology import routed
 
 pytestmark = pytest.mark.root
@@ -94,11 +95,10 @@ def test_a_host_that_refuses(deployment: Deployment) -> None:
     """The request waits for the share, through the drain too."""
     with downloads(deployment, 1) as curls:
         let_go(deployment)
-        words = ["sh", "-c", "curl -sf http://10.77.1.2/1400000.bin | sha256sum"]
-        waiting = deployment.network.client.popen(words, stdout=subprocess.PIPE)
+        waiting = download(deployment, 1_400_000)
         wait_for(lambda: deployment.machine()["refused"].get("table_full"), "the host has refused")
         time.sleep(0.2)
-        assert waiting.poll() is None and deployment.machine()["refused"]["table_full"] == 1
+        assert not waiting.over and deployment.machine()["refused"]["table_full"] == 1
         assert deployment.call("leave", machine="guest")["home"] == 1
         deployment.call("return", machine="guest")
         assert all_complete(deployment, [waiting], 1_400_000) and all_complete(deployment, curls)
@@ -122,8 +122,7 @@ def test_a_blocking_application_gets_its_transfer_back(deployment: Deployment) -
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "STREAMLIFT_AGENT": str(deployment.folder / "agent.sock")}
     with deployment.network.guest.popen(argv, stdout=subprocess.PIPE, env=environment, cwd=ROOT) as server:
         assert server.stdout is not None and server.stdout.readline() == b"ready\n"
-        words = "curl -s --http0.9 --limit-rate 16M http://10.77.1.2:9000/ | sha256sum"
-        curl = deployment.network.client.popen(["sh", "-c", words], stdout=subprocess.PIPE)
+        curl = Download(deployment.network.client, "http://10.77.1.2:9000/", "--http0.9")
         wait_for(lambda: deployment.machine()["connections_out"] == 1, "it is out")
         let_go(deployment)
         assert deployment.machine()["connections_out"] == 0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import pytest
 
 from hypervisor_svc.control import ControlError
 from tests.namespaces.deployment import wait_for
+from tests.namespaces.download import Download
 from tests.namespaces.test_carry import agent_counters
 from tests.namespaces.test_move import download, encoder, is_complete, is_here, listeners, out
 from tests.namespaces.two_hosts import GUEST, SIZE, TwoHosts
@@ -180,7 +182,7 @@ def test_the_channel_is_cut_meanwhile(hosts: TwoHosts) -> None:
     assert is_complete(hosts, curl)
 
 
-def parked(hosts: TwoHosts) -> subprocess.Popen[bytes]:
+def parked(hosts: TwoHosts) -> Download:
     """Somebody asks for a file between the last word to the next host and the VM's stop."""
     curl = download(hosts)
     wait_for(lambda: "offered" in [one["state"] for one in hosts.host.call("connections")["connections"]], "it is parked")
@@ -280,7 +282,8 @@ def test_what_a_client_says_meanwhile_is_not_lost(hosts: TwoHosts) -> None:
     hosts.other.call("bring", late=late)
     hosts.move()
     hosts.host.call("meet", seconds=15)
-    assert is_complete(hosts, reader)
+    told, _ = reader.communicate(timeout=60)
+    assert told.decode().strip() == hashlib.sha256((hosts.share / f"{SIZE}.bin").read_bytes()).hexdigest()
 
 
 _FITFUL = f"""

@@ -85,7 +85,7 @@ class Load:
         return max(1, round(ladder.segments * self.part))
 
 
-FULL = (Load(1, 1.0, repeats=3), Load(50, 0.1, repeats=2))
+FULL = (Load(1, 1.0, repeats=3), Load(50, 0.05, repeats=2))
 QUICK = (Load(1, 0.1, repeats=1), Load(4, 0.05, repeats=1))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -139,11 +140,21 @@ def test_warm_verdict(seconds: float, holds: bool, tmp_path: Path) -> None:
         for loss in warm.LOSSES
     ]
     plan = replace(warm.QUICK, congestions=warm.CONGESTIONS)
-    counters = {congestion: {side: {"offloaded": 20} for side in warm.SIDES} for congestion in warm.CONGESTIONS}
+    counters = {loss: {side: {"offloaded": 30} for side in warm.SIDES} for loss in ("0 %", "0.5 %")}
     bars = warm.judge(rows, counters, plan)
     assert [bar.holds for bar in bars] == [holds] * 6 + [True] * 2
     warm.plot(Report("warm", "none", rows=rows), tmp_path / "plot.png", plan)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_window_is_read_from_the_kernels_table() -> None:
+    """Of a connection to that port, over either family; not of who listens or waits for the network to forget it."""
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
+        with socket.create_connection(server.getsockname()[:2]) as client, server.accept()[0]:
+            table, port = Path("/proc/self/net/tcp6").read_text(), client.getsockname()[1]
+            assert warm.window_in(table, port) == 10, "as a connection begins (RFC 6928)"
+            assert warm.window_in(table, 1) is None
+    assert warm.window_in(Path("/proc/self/net/tcp6").read_text(), port) is None
 
 
 def test_moves_verdict(tmp_path: Path) -> None:

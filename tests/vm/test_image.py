@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import functools
 import hashlib
 import os
@@ -69,9 +70,9 @@ def answers(host: LibvirtHost, address: str) -> bool:
     return bool(host.client.run("curl", "-fsSI", "-m", "5", f"http://{address}/blob.bin", check=False))
 
 
-def digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def same_bytes(one: Path, other: Path) -> bool:
+    """Byte by byte: to hash the holes of two images takes seconds."""
+    return filecmp.cmp(one, other, shallow=False)
 
 
 def contents_of(archive: Path) -> dict[str, str]:
@@ -93,7 +94,7 @@ def test_equal_inputs_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.Monke
     before, after = contents_of(base), contents_of(new_base)
     if before["./var/lib/dpkg/status"] == after["./var/lib/dpkg/status"]:
         assert [name for name in before if before[name] != after.get(name)] == []
-        assert digest_of(base) == digest_of(new_base)
+        assert same_bytes(base, new_base)
     else:
         third = tmp_path / "third" / "images"
         for layer in (new_base.parent, *(tmp_path / "again" / "images").glob("kernel-*")):
@@ -101,7 +102,7 @@ def test_equal_inputs_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setenv("STREAMLIFT_CACHE", str(third.parent))
         image = build()
     for part in ("root", "kernel", "initrd"):
-        assert digest_of(getattr(again, part)) == digest_of(getattr(image, part)), part
+        assert same_bytes(getattr(again, part), getattr(image, part)), part
     shutil.rmtree(tmp_path)
 
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -50,36 +48,6 @@ def run_inside(series: str, output: Path, script: str, *, name: str = "socket_of
     print("\n".join(line for line in text.splitlines() if not line.startswith(across.MARK)))
     assert status == 0
     return text
-
-
-@pytest.mark.parametrize("name", ["socket_offload", "omss"])
-@pytest.mark.parametrize("series", SERIES)
-def test_sparse(series: str, name: str, tmp_path: Path) -> None:
-    """Address spaces, byte orders and locks, as sparse(1) sees them; the build itself takes a warning (W=1) for an error."""
-    source = ROOT / "host_module" / name
-    assert module.sparse(source, tree=build.headers(build.kernel(series)), directory=tmp_path) == []
-
-
-@pytest.mark.parametrize("name", ["socket_offload", "omss"])
-def test_checkpatch(name: str) -> None:
-    """The kernel's own style, by the newer kernel's script."""
-    assert module.checkpatch(ROOT / "host_module" / name, script=build.checkpatch("6.12")) == []
-
-
-@pytest.mark.parametrize("name", ["socket_offload", pytest.param("omss", marks=pytest.mark.long)])
-def test_dkms(name: str, tmp_path: Path) -> None:
-    """`dkms.conf` is what dkms(8) takes: it builds the module for a kernel, from a folder of the sources alone."""
-    found = build.kernel("6.12")
-    sources, trees = tmp_path / f"{name}-0.1.0", [f"--{tree}tree={tmp_path / tree}" for tree in ("dkms", "install")]
-    module.copy_sources(ROOT / "host_module" / name, sources)
-    shutil.copy(ROOT / "host_module" / name / "dkms.conf", sources)
-    for tree in ("dkms", "install"):
-        (tmp_path / tree).mkdir()
-    what = ["-m", name, "-v", "0.1.0", "-k", found.release, f"--kernelsourcedir={build.headers(found)}"]
-    subprocess.run(["dkms", "build", *what, f"--sourcetree={tmp_path}", *trees], check=True)
-    (built,) = (tmp_path / "dkms" / name).rglob(f"{name}.ko*")
-    told = subprocess.run(["modinfo", "-F", "vermagic", built], capture_output=True, text=True, check=True).stdout
-    assert told.split()[0] == found.release
 
 
 @pytest.fixture(scope="module")
