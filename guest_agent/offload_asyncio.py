@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from guest_agent.handoff.anticipated import MAX_ANTICIPATED, Anticipated
+from guest_agent.handoff.anticipated import Anticipated, within_limits
 from guest_agent.offload_move import Attendance
 from guest_agent.offload_wire import (
     CROWDED,
@@ -137,7 +137,7 @@ class Link:
         message = encode_sendfile(number, token, offset, count, priority, on_move=on_move, anticipates=anticipates)
         reply = self.begin(number, token, message, sock=sock, fds=(sock.fileno(), file_fd), when_over=when_over)
         if anticipates and anticipate is not None:
-            self._foresee(number, islice(anticipate(), MAX_ANTICIPATED))
+            self._foresee(number, within_limits(anticipate()))
         return await reply
 
     def anticipate_nothing(self) -> None:

@@ -137,8 +137,8 @@ class Transfers:
             told = json.dumps(write_anticipated(anticipated)).encode()
             words = {"type": "anticipate", "token": token, "first": first, "more": more, "everything": everything}
             self._send(words, told)
-        first, transfer.to_be_told = transfer.to_be_told, False
-        if first and transfer.state is Guest.OUT:
+        was_awaited, transfer.to_be_told = transfer.to_be_told, False
+        if was_awaited and transfer.state is Guest.OUT:
             self._to_stand_by.add(transfer)
 
     def application_gone(self, transfer: Transfer) -> None:

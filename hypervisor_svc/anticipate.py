@@ -23,12 +23,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from guest_agent.handoff.anticipated import MAX_ANTICIPATED, MAX_REQUEST, Anticipated, find, read_anticipated, write_anticipated
+from guest_agent.handoff.anticipated import (
+    MAX_REQUEST,
+    MAX_TOLD,
+    Anticipated,
+    check_limits,
+    find,
+    read_anticipated,
+    write_anticipated,
+)
 from guest_agent.handoff.errors import GuestError, HandoffError, Reason
 from guest_agent.handoff.state import Host
 from guest_agent.handoff.wire import Header
 from hypervisor_svc.connection import Connection, Guest
 from hypervisor_svc.policy import Job, RelayJob, look_at, open_file, read_token
+
+_MAX_BODY = 4 * MAX_TOLD
+"""Bytes of JSON."""
 
 
 class NotAnticipated(Exception):
@@ -57,10 +68,11 @@ class Anticipation:
     def add(self, first: int, told: tuple[Anticipated, ...], *, more: bool) -> None:
         """From number `first` on. If a part before was lost nothing is added, and no more waited for. Raises GuestError."""
         follows = first == len(self.told)
-        if len(self.told) + len(told) > MAX_ANTICIPATED:
-            raise GuestError(Reason.BAD_REQUEST, f"more than {MAX_ANTICIPATED} requests are anticipated")
-        self.told += told if follows else ()
-        self.more = self.more and more and follows
+        expected, self.more = self.more, False
+        if follows:
+            check_limits(self.told + told)
+            self.told += told
+            self.more = expected and more
 
     def end(self) -> None:
         """None may."""
@@ -133,6 +145,8 @@ def _read(header: Header) -> tuple[int, bool, bool]:
 
 
 def _read_body(body: bytes) -> tuple[Anticipated, ...]:
+    if len(body) > _MAX_BODY:
+        raise GuestError(Reason.BAD_REQUEST, f"anticipate: a body of {len(body)} bytes; {_MAX_BODY} may be")
     try:
         return read_anticipated(json.loads(body))
     except (ValueError, RecursionError):
@@ -180,7 +194,9 @@ def _answer(connection: Connection, told: Anticipated) -> None:
 def _open(connection: Connection, told: Anticipated) -> tuple[Job, int]:
     """The file, if it is still what the application saw. Raises NotAnticipated."""
     share, anticipation = connection.guest.machine.share, connection.anticipation
-    assert share is not None and anticipation is not None
+    assert anticipation is not None
+    if share is None:
+        raise NotAnticipated
     try:
         seen = look_at(share, told.path)
         if (seen.size, seen.mtime_ns) != (told.size, told.mtime_ns) or not (seen.public or anticipation.everything):

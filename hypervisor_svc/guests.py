@@ -495,7 +495,6 @@ class Guests:
         if connection is None:
             self._tell_of_another(guest, token, header)
             return
-        self._anticipate.no_more(connection)
         if connection.direct and header.get("frozen") is False:
             self._on_restored(guest, header, body)
             guest.send(self._ends.over[token])
@@ -507,6 +506,7 @@ class Guests:
             guest.send(*connection.parting)
         else:
             self._finish_if_untold(connection)
+            self._anticipate.no_more(connection)
 
     def _tell_of_another(self, guest: Guest, token: str, header: Header) -> None:
         """Of one that is not here."""

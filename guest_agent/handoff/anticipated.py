@@ -7,8 +7,9 @@ and `head` are bytes, as Latin-1."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from guest_agent.handoff.errors import GuestError, Reason
@@ -16,6 +17,8 @@ from guest_agent.handoff.errors import GuestError, Reason
 MAX_ANTICIPATED = 32
 MAX_REQUEST, MAX_HEAD = 8192, 4096
 """Bytes. A head fits into any socket that has nothing to send (tcp(7), tcp_wmem)."""
+MAX_TOLD = 1 << 16
+"""Bytes of all that is anticipated on one connection."""
 _LARGEST = 1 << 62
 _FIELDS = frozenset({"request", "head", "path", "offset", "count", "size", "mtime_ns"})
 
@@ -33,6 +36,11 @@ class Anticipated:
     size: int
     mtime_ns: int
 
+    @property
+    def size_told(self) -> int:
+        """Bytes that have to be kept."""
+        return len(self.request) + len(self.head) + len(self.path)
+
 
 def write_anticipated(anticipated: Sequence[Anticipated]) -> list[dict[str, Any]]:
     """As JSON."""
@@ -43,7 +51,9 @@ def read_anticipated(told: object) -> tuple[Anticipated, ...]:
     """The inverse. Raises GuestError for anything else."""
     if type(told) is not list or len(told) > MAX_ANTICIPATED:
         raise GuestError(Reason.BAD_REQUEST, f"what is anticipated is no list of at most {MAX_ANTICIPATED}")
-    return tuple(_read_one(one) for one in told)
+    found = tuple(_read_one(one) for one in told)
+    check_limits(found)
+    return found
 
 
 def _read_one(told: object) -> Anticipated:
@@ -77,6 +87,24 @@ def _number(name: str, value: object, least: int) -> int:
     if type(value) is not int or not least <= value < _LARGEST:
         raise GuestError(Reason.BAD_REQUEST, f"anticipated: {name} {value!r:.40} is out of range")
     return value
+
+
+def within_limits(anticipated: Iterable[Anticipated]) -> Iterator[Anticipated]:
+    """Those that may be told on one connection."""
+    size = 0
+    for one in islice(anticipated, MAX_ANTICIPATED):
+        size += one.size_told
+        if size > MAX_TOLD:
+            return
+        yield one
+
+
+def check_limits(anticipated: Sequence[Anticipated]) -> None:
+    """Whether all of them may be. Raises GuestError."""
+    count, size = len(anticipated), sum(one.size_told for one in anticipated)
+    if count > MAX_ANTICIPATED or size > MAX_TOLD:
+        limits = f"{MAX_ANTICIPATED} of {MAX_TOLD} may be"
+        raise GuestError(Reason.BAD_REQUEST, f"{count} requests of {size} bytes are anticipated; {limits}")
 
 
 def find(anticipated: Sequence[Anticipated], first: int, data: bytes) -> int | None:

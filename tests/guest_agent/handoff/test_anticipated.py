@@ -16,6 +16,7 @@ from guest_agent.handoff.anticipated import (
     Anticipated,
     find,
     read_anticipated,
+    within_limits,
     write_anticipated,
 )
 from guest_agent.handoff.errors import GuestError, Reason
@@ -79,6 +80,15 @@ def test_not_too_many() -> None:
     assert len(read_anticipated(write_anticipated([ONE] * MAX_ANTICIPATED))) == MAX_ANTICIPATED
     with pytest.raises(GuestError):
         read_anticipated(write_anticipated([ONE] * (MAX_ANTICIPATED + 1)))
+
+
+def test_not_too_much() -> None:
+    large = replace(ONE, request=b"x" * MAX_REQUEST, path="y" * 4000)
+    assert len(read_anticipated(write_anticipated([large] * 5))) == 5
+    with pytest.raises(GuestError, match="6 requests of 73"):
+        read_anticipated(write_anticipated([large] * 6))
+    assert len(list(within_limits([large] * 6))) == 5
+    assert len(list(within_limits([ONE] * 100))) == MAX_ANTICIPATED
 
 
 def test_which_of_them_it_is() -> None:
