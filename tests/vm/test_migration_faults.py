@@ -140,16 +140,51 @@ def _channel(machine: Moving) -> str:
         return str(channel_path(ET.fromstring(domain.XMLDesc())))
 
 
+_HALF_CLOSED = """
+import socket, sys
+client = socket.create_connection((sys.argv[1], 80))
+client.sendall(b"GET /long.bin HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+print("asked", flush=True)
+sys.stdin.readline()
+client.shutdown(socket.SHUT_WR)
+print("closed", flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextlib.contextmanager
+def must_come_home(machine: Moving) -> Iterator[None]:
+    """A client that has closed its side, and reads nothing: its connection is none that goes from host to host (`pass_on.py`)."""
+    (machine.share / "long.bin").write_bytes(bytes(64_000_000))
+    argv = machine.hosts.fabric.client.command(sys.executable, "-c", _HALF_CLOSED, machine.address)
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdin is not None and client.stdout is not None
+        assert client.stdout.readline() == "asked\n"
+        wait_for(lambda: "long.bin" in _files_out(machine), seconds=60, what="its file is out")
+        client.stdin.write("\n")
+        client.stdin.flush()
+        assert client.stdout.readline() == "closed\n"
+        try:
+            yield
+        finally:
+            client.kill()
+
+
+def _files_out(machine: Moving) -> set[str]:
+    return {row["file"] for row in machine.here.ask("connections")["connections"]}
+
+
 def stop_in_the_drain(machine: Moving) -> subprocess.Popen[str]:
-    """Move, with an agent that stands still once it has let go: else the drain might be over before anybody can kill. Everything
-    is on its way home or to the next host, and nothing has arrived. An emulated VM needs seconds to start another agent."""
+    """Move, with an agent that stands still once it has let go, and something that cannot do without it: else the drain might be
+    over before anybody can kill. Everything is on its way home or to the next host, and not all has arrived. An emulated VM needs
+    seconds to start another agent."""
     process, source = machine.begin(*STEADILY, "--deadline", "60"), machine.here
     wait_present(source, "loose")
     machine.in_guest(f"{SIGNAL} STOP streamlift-agent")
 
     def drains() -> bool:
         states = {row["state"] for row in source.ask("connections")["connections"]}
-        return bool(states) and states <= {"returning", "passed"}
+        return states == {"returning", "passed"}
 
     wait_for(drains, seconds=100, what="the drain has begun")
     return process
@@ -157,7 +192,7 @@ def stop_in_the_drain(machine: Moving) -> subprocess.Popen[str]:
 
 def test_the_sources_service_is_killed_in_the_drain(machine: Moving) -> None:
     """What it had out is lost; the VM and all others are not."""
-    with machine.watched(Crowd(segments=8, rate=250_000)):
+    with machine.watched(Crowd(segments=8, rate=250_000)), must_come_home(machine):
         source, process = machine.here, stop_in_the_drain(machine)
         source.kill()
         machine.in_guest(f"{SIGNAL} CONT streamlift-agent")
@@ -170,7 +205,7 @@ def test_the_sources_service_is_killed_in_the_drain(machine: Moving) -> None:
 
 def test_the_agent_is_killed_in_the_drain(machine: Moving) -> None:
     """Its next life gets the sockets; only relays end with the life that opened them."""
-    with survived(machine, Crowd(segments=8, rate=250_000), slow=0):
+    with survived(machine, Crowd(segments=8, rate=250_000), slow=0), must_come_home(machine):
         process = stop_in_the_drain(machine)
         machine.in_guest(f"{SIGNAL} KILL streamlift-agent")
         machine.end(process)
