@@ -139,7 +139,7 @@ def test_warm_verdict(seconds: float, holds: bool, tmp_path: Path) -> None:
         for side in warm.SIDES
         for loss in warm.LOSSES
     ]
-    plan = replace(warm.QUICK, congestions=warm.CONGESTIONS)
+    plan = replace(warm.FULL, segments=10, repeats=1)
     counters = {loss: {side: {"offloaded": 30} for side in warm.SIDES} for loss in ("0 %", "0.5 %")}
     bars = warm.judge(rows, counters, plan)
     assert [bar.holds for bar in bars] == [holds] * 6 + [True] * 2

@@ -68,10 +68,11 @@ class Plan:
     repeats: int
     timeout: float = 1800
     congestions: tuple[str, ...] = CONGESTIONS
+    losses: tuple[float, ...] = LOSSES
 
 
 FULL = Plan(segments=30, repeats=2)
-QUICK = Plan(segments=10, repeats=1, congestions=CONGESTIONS[:1])
+QUICK = Plan(segments=6, repeats=1, congestions=CONGESTIONS[:1], losses=LOSSES[:1])
 
 CLIENT = """
 import json, socket, sys, time
@@ -231,9 +232,9 @@ def judge(rows: Sequence[dict[str, Any]], counters: dict[str, dict[str, Any]], p
             "<=",
         )
         for congestion in plan.congestions
-        for loss in LOSSES
+        for loss in plan.losses
     ]
-    asked = plan.segments * plan.repeats * len(LOSSES) * len(plan.congestions)
+    asked = plan.segments * plan.repeats * len(plan.losses) * len(plan.congestions)
     for side in ("socket_offload", "tcp_repair"):
         out = sum(found[side]["offloaded"] for found in counters.values())
         bars.append(Bar(f"segments that went out, {side}", out / asked, "of all", 1, ">="))
@@ -246,7 +247,7 @@ def tables(report: Report, plan: Plan) -> list[Table]:
     table = Table("congestion", "loss", "side", "total s (spread)", "of not offloaded", title=title)
     for congestion in plan.congestions:
         rows = of(report.rows, congestion)
-        for loss in LOSSES:
+        for loss in plan.losses:
             for side in SIDES:
                 median, spread = bench.median_and_spread(seconds(rows, side, loss))
                 table.add_row(congestion, f"{loss:g} %", side, f"{median:.2f} ({spread:.2f})", f"{ratio(rows, side, loss):.3f}")
@@ -255,7 +256,7 @@ def tables(report: Report, plan: Plan) -> list[Table]:
 
 def plot(report: Report, path: Path, plan: Plan) -> None:
     """The congestion window over time, one run of each side."""
-    cases = [(congestion, loss) for congestion in plan.congestions for loss in LOSSES]
+    cases = [(congestion, loss) for congestion in plan.congestions for loss in plan.losses]
     with bench.drawing(path, columns=len(cases)) as axes:
         for axis, (congestion, loss) in zip(axes, cases, strict=True):
             rows = of(report.rows, congestion)
@@ -274,8 +275,8 @@ def measure(plan: Plan, loss: float) -> Any:
 
 def collect(report: Report, plan: Plan) -> None:
     """All of them at once, into the report: each VM has one processor, whose clock counts its own instructions."""
-    with ThreadPoolExecutor(len(LOSSES)) as pool:
-        for loss, found in zip(LOSSES, pool.map(partial(measure, plan), LOSSES), strict=True):
+    with ThreadPoolExecutor(len(plan.losses)) as pool:
+        for loss, found in zip(plan.losses, pool.map(partial(measure, plan), plan.losses), strict=True):
             report.rows += found["rows"]
             report.details["media_servers"][f"{loss:g} %"] = found["media_servers"]
 
