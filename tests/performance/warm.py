@@ -72,7 +72,7 @@ class Plan:
 
 
 FULL = Plan(segments=30, repeats=2)
-QUICK = Plan(segments=6, repeats=1, congestions=CONGESTIONS[:1], losses=LOSSES[:1])
+QUICK = Plan(segments=4, repeats=1, congestions=CONGESTIONS[:1], losses=LOSSES[:1])
 
 CLIENT = """
 import json, socket, sys, time
