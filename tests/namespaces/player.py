@@ -32,9 +32,9 @@ class Player:
     def __init__(self, sock: socket.socket, film: Path) -> None:
         self.sock, self._film, self._reader = sock, film, Reader(sock)
 
-    def request(self, number: int, method: str = "GET") -> bytes:
+    def request(self, number: int) -> bytes:
         """What it says for a segment."""
-        return f"{method} /{self._film.name}/{number}.m4s HTTP/1.1\r\nHost: x\r\nUser-Agent: player\r\n\r\n".encode()
+        return f"GET /{self._film.name}/{number}.m4s HTTP/1.1\r\nHost: x\r\nUser-Agent: player\r\n\r\n".encode()
 
     def ask(self, *numbers: int) -> None:
         """For these, in one go."""
