@@ -37,12 +37,16 @@ CONTENT_TYPES = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What HTTP says about a file. `modified` in seconds of the epoch."""
+    """What HTTP says about a file."""
 
     size: int
-    modified: int
     mtime_ns: int
     content_type: str
+
+    @property
+    def modified(self) -> int:
+        """Seconds of the epoch."""
+        return self.mtime_ns // 1_000_000_000
 
     @property
     def etag(self) -> str:
@@ -119,7 +123,6 @@ def _facts(path: bytes, status: os.stat_result) -> Facts:
     extension = os.path.splitext(path)[1].decode("latin-1").lower()
     return Facts(
         size=status.st_size,
-        modified=int(status.st_mtime),
         mtime_ns=status.st_mtime_ns,
         content_type=CONTENT_TYPES.get(extension, "application/octet-stream"),
     )
